@@ -1,0 +1,1 @@
+"""The pure part: no MPI, disk, clock, threads or environment."""

@@ -1,0 +1,1 @@
+"""Arrays to header and segments, and back. No I/O: bytes and buffers in, bytes and buffers out."""
