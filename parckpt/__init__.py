@@ -1,0 +1,1 @@
+"""Checkpoints of parallel training jobs: saved by MPI ranks, published atomically, restored on any number of them."""
