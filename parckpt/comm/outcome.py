@@ -22,7 +22,7 @@ __all__ = ["agree", "run_on_all"]
 T = TypeVar("T")
 
 MAX_FACTS_NBYTES = 64 << 10
-"""Facts longer than this (thousands of tensor names) stay on their rank, so that 4,096 failing ranks do not move GBs."""
+"""Facts longer than this (thousands of tensor names) stay on their rank, so 4,096 failing ranks do not move GBs."""
 
 MAX_MESSAGE_LENGTH = 16 << 10
 
