@@ -46,6 +46,8 @@ class Facts:
         Random id of the process group that wrote it.
     run_id : str
         Random id of the run, kept over restarts.
+    family, prefix : str
+        The prefix the user gave, and the one in the names (numbered on where an earlier run used it).
     sequence : int
         Position in the lineage: the highest is the newest.
     parent : str or None
@@ -66,6 +68,7 @@ class Facts:
     token: str
     attempt: str
     run_id: str
+    family: str
     prefix: str
     sequence: int
     step: int
@@ -117,6 +120,7 @@ _FACT_TYPES: dict[str, Any] = {
     "token": _TEXT,
     "attempt": _TEXT,
     "run_id": _TEXT,
+    "family": _TEXT,
     "prefix": _TEXT,
     "sequence": int,
     "step": int,

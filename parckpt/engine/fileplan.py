@@ -1,0 +1,124 @@
+"""How one data file will look: its entries, where each entry's bytes lie, and what the record says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from parckpt.core.contents import StoredTensor
+from parckpt.core.layout import Box
+from parckpt.core.table import Column
+from parckpt.errors import ConfigError
+from parckpt.formats.base import Entry, Extent, FileLayout
+from parckpt.formats.registry import Format
+
+__all__ = ["FilePlan", "plan_file"]
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """Layout of one file.
+
+    Attributes
+    ----------
+    entries : tuple of Entry
+        The boxes in order, then the appended values.
+    contents : tuple of bytes
+        Content of each appended value.
+    nboxes : int
+        How many of the entries are boxes.
+    """
+
+    layout: FileLayout
+    entries: tuple[Entry, ...]
+    contents: tuple[bytes, ...]
+    nboxes: int
+    box_entry: Column
+    entry_names: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the file."""
+        return self.layout.nbytes
+
+    def record_columns(self) -> dict[str, Any]:
+        """The static columns of this file's `Record`."""
+        rows = sorted(
+            (part.entry, part.start, part.byte_offset, part.nbytes)
+            for part in self.layout.parts
+            if isinstance(part, Extent) and part.entry < self.nboxes and part.nbytes
+        )
+        columns = np.array(rows, "<u8").reshape(-1, 4)
+        return {
+            "box_entry": self.box_entry,
+            "entry_names": self.entry_names,
+            "box_extents": np.bincount(columns[:, 0].astype(np.int64), minlength=self.nboxes).astype("<u4"),
+            "extent_start": np.ascontiguousarray(columns[:, 1]),
+            "extent_byte_offset": np.ascontiguousarray(columns[:, 2]),
+            "extent_nbytes": np.ascontiguousarray(columns[:, 3]),
+        }
+
+
+def plan_file(
+    form: Format,
+    boxes: Sequence[tuple[StoredTensor, Box]],
+    append: Mapping[str, Any],
+    *,
+    integrated: bool,
+    crc: bool,
+    crc_value: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> FilePlan:
+    """Lay a file out.
+
+    Parameters
+    ----------
+    form : Format
+        The file format.
+    boxes : sequence of (StoredTensor, Box)
+        What the file holds, in order. A second box of one tensor is called ``<name>@shard_<k>``.
+    append : mapping
+        Appended plain values, after the boxes.
+    integrated : bool
+        All ranks' tensors stand in this file.
+    crc, crc_value : bool, int
+        Whether MindSpore's crc is asked for, and its value where the layout depends on it (safetensors).
+
+    Raises
+    ------
+    ConfigError
+        If two entries would have one name, or the format cannot hold one.
+    """
+    entries: list[Entry] = []
+    extra: list[str] = []
+    index: list[int] = []
+    seen: dict[str, int] = {}
+    for tensor, box in boxes:
+        default = tensor.file_name if integrated else tensor.name
+        count = seen.get(default, 0)
+        seen[default] = count + 1
+        name = default if count == 0 else f"{default}@shard_{count}"
+        if count:
+            extra.append(name)
+        index.append(len(extra) if count else 0)
+        entries.append(form.entry(name, tensor.dtype, box.shape))
+    contents: list[bytes] = []
+    for name, value in append.items():
+        entry, content = form.value_entry(name, value)
+        entries.append(entry)
+        contents.append(content)
+    _check_unique(entries)
+    layout = form.layout(entries, crc=crc, crc_value=crc_value, metadata=metadata or {})
+    return FilePlan(
+        layout, tuple(entries), tuple(contents), len(boxes), np.array(index, "<u4"), tuple(extra)
+    )
+
+
+def _check_unique(entries: Sequence[Entry]) -> None:
+    names = [entry.name for entry in entries]
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ConfigError(f"two entries of one file would be called {twice[0]!r}")

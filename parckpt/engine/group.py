@@ -1,0 +1,95 @@
+"""The ranks of one checkpoint directory, with every wait bounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from parckpt.comm import collective, outcome
+from parckpt.comm.base import Communicator, Request
+from parckpt.comm.wait import Waiter
+
+__all__ = ["TAG_GATHER", "TAG_RECORD", "TAG_RESTORE", "Group"]
+
+# One tag per kind of message, so that a late message of one kind is never taken for another.
+TAG_RECORD = 11
+TAG_GATHER = 12
+TAG_RESTORE = 13
+
+
+@dataclass(frozen=True)
+class Group:
+    """A communicator of our own, and how we wait on it.
+
+    Every method is collective over ``comm`` unless it says otherwise; call from the thread that owns MPI.
+    """
+
+    comm: Communicator
+    waiter: Waiter
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self.comm.rank
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.comm.size
+
+    @property
+    def is_root(self) -> bool:
+        """Rank 0 decides, publishes and deletes."""
+        return self.comm.rank == 0
+
+    def wait(self, request: Request, what: str) -> None:
+        """Not collective by itself: wait for one request."""
+        self.waiter.wait(request, what)
+
+    def reduce_max(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Element-wise maximum over the ranks."""
+        return collective.reduce_max(self.comm, values, self.waiter)
+
+    def bcast(self, data: bytes | None) -> bytes:
+        """Root's bytes, on every rank."""
+        return collective.bcast_bytes(self.comm, data, 0, self.waiter)
+
+    def allgather(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, by rank."""
+        return collective.allgather_bytes(self.comm, data, self.waiter)
+
+    def allgather_distinct(self, data: bytes) -> tuple[list[bytes], npt.NDArray[np.int64]]:
+        """The distinct byte strings, each sent once, and which of them each rank has."""
+        distinct, index = collective.allgather_distinct(self.comm, data, self.waiter)
+        return distinct, index
+
+    def agree(self, error: Exception | None) -> None:
+        """Return on all ranks if none has an error; else raise on all ranks the lowest failing rank's."""
+        outcome.agree(self.comm, error, self.waiter)
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, by rank, on root; an empty list elsewhere."""
+        if not self.is_root:
+            self._send_to_root(data)
+            return []
+        return [data, *(self._receive(source) for source in range(1, self.size))]
+
+    def _send_to_root(self, data: bytes) -> None:
+        view = memoryview(data)
+        head = self.comm.isend(len(data).to_bytes(8, "little"), 0, TAG_RECORD)
+        self.wait(head, "sending a record to rank 0")
+        for start in range(0, len(view), self.comm.max_nbytes):
+            part = self.comm.isend(view[start : start + self.comm.max_nbytes], 0, TAG_RECORD)
+            self.wait(part, "sending a record to rank 0")
+
+    def _receive(self, source: int) -> bytes:
+        head = bytearray(8)
+        self.wait(self.comm.irecv(head, source, TAG_RECORD), f"the record of rank {source}")
+        data = bytearray(int.from_bytes(head, "little"))
+        view = memoryview(data)
+        for start in range(0, len(view), self.comm.max_nbytes):
+            request = self.comm.irecv(view[start : start + self.comm.max_nbytes], source, TAG_RECORD)
+            self.wait(request, f"the record of rank {source}")
+        return bytes(data)

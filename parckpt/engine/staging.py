@@ -1,0 +1,188 @@
+"""The unpublished directory of one save, and the acts that publish, abort or discard it.
+
+The order of syncs is the publish protocol; ``docs/format.md`` has it as a table with what a crash at each line leaves.
+Nothing here is collective: root and the ranks call their parts, the saver keeps them in order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from parckpt.core import naming
+from parckpt.engine.catalog import manifest_stem, read_facts
+from parckpt.errors import CheckpointExistsError, StorageError
+from parckpt.storage.atomic import move_new, remove_tree, swap, write_file
+from parckpt.storage.filesystem import FileSystem, opened, try_stat
+
+__all__ = ["Modes", "Staging", "discard"]
+
+
+@dataclass(frozen=True)
+class Modes:
+    """Permission bits of what is written; ACLs and setgid of the parent stay."""
+
+    file: int = 0o600
+    directory: int = 0o700
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Where one save is written before it is published.
+
+    Attributes
+    ----------
+    directory : str
+        The checkpoint directory.
+    stem, token : str
+        What will be its name, and the name of this attempt.
+    extension : str
+        Of the data files.
+    """
+
+    fs: FileSystem
+    directory: str
+    stem: str
+    token: str
+    extension: str
+    modes: Modes = Modes()
+
+    @property
+    def path(self) -> str:
+        """The hidden directory."""
+        return os.path.join(self.directory, f".{self.stem}.staging-{self.token}")
+
+    @property
+    def final_directory(self) -> str:
+        """Where a step directory is published."""
+        return os.path.join(self.directory, self.stem)
+
+    @property
+    def final_file(self) -> str:
+        """Where a single file is published."""
+        return os.path.join(self.directory, f"{self.stem}.{self.extension}")
+
+    @property
+    def final_manifest(self) -> str:
+        """Where a single file's manifest is published."""
+        return os.path.join(self.directory, f"{self.stem}.{self.token}.manifest")
+
+    def data_path(self, rank: int) -> str:
+        """Path of a rank's data file, relative to the checkpoint."""
+        return f"{naming.rank_directory(rank)}/{self.stem}.{self.extension}"
+
+    def begin(self, plan: bytes) -> None:
+        """Root: make the directory and put the synced plan in it, before any rank writes."""
+        self._mkdir(self.path)
+        write_file(self.fs, os.path.join(self.path, naming.PLAN), plan, self.modes.file)
+        self.fs.sync_directory(self.path)
+        self.fs.sync_directory(self.directory)
+
+    def make_rank_directory(self, rank: int) -> None:
+        """Each rank: its own directory."""
+        self._mkdir(os.path.join(self.path, naming.rank_directory(rank)))
+
+    def record(self, rank: int, record: bytes) -> None:
+        """Each rank, after its data is synced: the record, then the directory that holds both."""
+        own = os.path.join(self.path, naming.rank_directory(rank))
+        write_file(self.fs, os.path.join(own, naming.RECORD), record, self.modes.file)
+        self.fs.sync_directory(own)
+
+    def publish_directory(self, manifest: bytes, *, replace: bool) -> str:
+        """Root, when all have recorded: make the step directory exist, durably. Returns its path.
+
+        Raises
+        ------
+        CheckpointExistsError
+            If the name is taken and ``replace`` is False.
+        """
+        write_file(self.fs, os.path.join(self.path, naming.MANIFEST), manifest, self.modes.file)
+        self.fs.sync_directory(self.path)
+        if replace and try_stat(self.fs, self.final_directory) is not None:
+            reserved = os.path.join(self.directory, f".{self.stem}.replaced-{self.token}")
+            swap(self.fs, self.path, self.final_directory, reserved)
+            discard(self.fs, reserved, self.stem, self.token)
+        else:
+            move_new(self.fs, self.path, self.final_directory)
+            self.fs.sync_directory(self.directory)
+        return self.final_directory
+
+    def publish_file(self, manifest: bytes, *, replace: bool) -> str:
+        """Root, when the file is synced: manifest first, then the data takes its name. Returns the data's path.
+
+        A data file without a manifest would be foreign; a manifest without data is debris. Hence this order. When a
+        file is replaced both manifests stand beside it for a moment, and the data decides which one counts.
+
+        Raises
+        ------
+        CheckpointExistsError
+            If the name is taken and ``replace`` is False.
+        """
+        if not replace and try_stat(self.fs, self.final_file) is not None:
+            raise CheckpointExistsError(f"{self.final_file} exists already", path=self.final_file)
+        staged = os.path.join(self.path, naming.MANIFEST)
+        write_file(self.fs, staged, manifest, self.modes.file)
+        self.fs.sync_directory(self.path)
+        move_new(self.fs, staged, self.final_manifest)
+        self.fs.sync_directory(self.directory)
+        data = os.path.join(self.path, self.data_path(0))
+        if replace:
+            self.fs.rename(data, self.final_file)
+        else:
+            move_new(self.fs, data, self.final_file)
+        self.fs.sync_directory(self.directory)
+        self._drop_old_manifests()
+        discard(self.fs, self.path, self.stem, self.token)
+        return self.final_file
+
+    def abort(self, reason: str) -> None:
+        """Root: mark the save as rejected, so that nobody finalizes it later, then remove it as far as possible.
+
+        On a full disk the mark cannot be written; removing the plan makes it unfinalizable as well.
+        """
+        if try_stat(self.fs, self.path) is None:
+            return
+        mark = os.path.join(self.path, naming.ABORTED)
+        try:
+            write_file(self.fs, mark, reason.encode("utf-8", "replace"), self.modes.file)
+        except (StorageError, CheckpointExistsError):
+            with suppress(StorageError):
+                self.fs.unlink(os.path.join(self.path, naming.PLAN))
+        self.fs.sync_directory(self.path)
+        discard(self.fs, self.path, self.stem, self.token)
+
+    def tidy(self, ranks: Sequence[int], *, root: bool) -> None:
+        """After the publish: remove what only an unpublished checkpoint needs. Leftovers do no harm."""
+        with suppress(StorageError):
+            for rank in ranks:
+                self.fs.unlink(os.path.join(self.final_directory, naming.rank_directory(rank), naming.RECORD))
+            if root:
+                self.fs.unlink(os.path.join(self.final_directory, naming.PLAN))
+
+    def _drop_old_manifests(self) -> None:
+        """Remove the manifests of the data that was replaced; `x.ckpt` and `x.safetensors` keep their own."""
+        for name in self.fs.listdir(self.directory):
+            path = os.path.join(self.directory, name)
+            if manifest_stem(name) == self.stem and path != self.final_manifest:
+                facts, _ = read_facts(self.fs, path)
+                if facts is not None and naming.EXTENSIONS.get(facts.format) == self.extension:
+                    self.fs.unlink(path)
+
+    def _mkdir(self, path: str) -> None:
+        self.fs.mkdir(path, self.modes.directory)
+        with opened(self.fs, path, os.O_RDONLY | os.O_DIRECTORY) as fd:
+            self.fs.chmod_open(fd, self.modes.directory)
+
+
+def discard(fs: FileSystem, path: str, stem: str, token: str) -> None:
+    """Delete a file or directory that nothing refers to any more: first the name, durably, then the content."""
+    directory = os.path.dirname(path)
+    trash = os.path.join(directory, f".{stem}.trash-{token}")
+    if path != trash:
+        if try_stat(fs, trash) is not None:
+            remove_tree(fs, trash)
+        fs.rename(path, trash)
+        fs.sync_directory(directory)
+    remove_tree(fs, trash)
