@@ -200,7 +200,7 @@ class Shard:
         local : ndarray or Leaf
             This rank's piece; its length along `axis` may differ between ranks, and be 0.
         comm : communicator
-            An mpi4py communicator, or any object that fits parckpt's `Communicator` protocol.
+            As for `ModelCheckpoint`.
         axis : int
             Counted from the end if negative.
 
