@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -39,6 +40,11 @@ class TensorRow:
     def file_name(self) -> str:
         """Its name in a file that holds the tensors of all ranks."""
         return self.name if self.per_rank < 0 else f"{self.name}@rank_{self.per_rank}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.global_shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +91,14 @@ class TensorTable(Sequence[TensorRow]):
         sizes = np.zeros(256, dtype=np.int64)
         for code in np.unique(self.dtype).tolist():
             sizes[code] = by_code(code).itemsize
-        return sizes[self.dtype]
+        found: Ints = sizes[self.dtype]
+        return found
 
     @property
     def sizes(self) -> Ints:
         """Elements of each tensor."""
-        return self.shapes.prod(axis=1)
+        found: Ints = self.shapes.prod(axis=1)
+        return found
 
     def global_shape(self, tensor: int) -> tuple[int, ...]:
         """Shape of one tensor."""
@@ -106,4 +114,5 @@ def expand(starts: Ints, stops: Ints) -> Ints:
     """Concatenate ``range(start, stop)`` of all pairs."""
     counts = stops - starts
     ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
+    found: Ints = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
+    return found
