@@ -156,7 +156,7 @@ class _Assignment:
         used = np.unique(which)
         by_set = self._shared[np.argsort(which, kind="stable")]
         ends = np.cumsum(np.bincount(which, minlength=len(replicas.sets)))[used].tolist()
-        parts = [by_set[first:last] for first, last in zip([0, *ends[:-1]], ends, strict=True)]
+        parts = [by_set[first:last] for first, last in zip([0, *ends], ends, strict=False)]
         amounts = [int(self._nbytes[part].sum()) for part in parts]
         sets = [replicas.sets[s] for s in used.tolist()]
         # An eighth of a chunk for the quotas, three quarters for uncut boxes, the rest for whole elements.
