@@ -10,7 +10,7 @@ import numpy as np
 from parckpt.comm.launch import resolve
 from parckpt.comm.outcome import run_on_all
 from parckpt.comm.wait import Waiter
-from parckpt.core.leaves import Leaf, Shard
+from parckpt.core.leaves import Leaf, Shard, set_stacker
 from parckpt.core.shards import STACK_ROW, stack_row, stacked
 
 __all__ = ["stack"]
@@ -52,3 +52,6 @@ def stack(local: np.ndarray[Any, Any] | Leaf, comm: Any, axis: int = 0, *, timeo
         return stacked(local, rows, ranks.rank)
     finally:
         ranks.free()
+
+
+set_stacker(stack)

@@ -11,9 +11,9 @@ import numpy as np
 
 from parckpt.core import dtypes
 from parckpt.core.dtypes import DType
-from parckpt.errors import ConfigError, ConfigTypeError
+from parckpt.errors import ConfigError, ConfigTypeError, InternalError
 
-__all__ = ["Leaf", "OnResize", "PerRank", "Shard", "Spec", "as_dtype", "plain_array"]
+__all__ = ["Leaf", "OnResize", "PerRank", "Shard", "Spec", "as_dtype", "plain_array", "set_stacker"]
 
 OnResize = str | Callable[[list[Any], int, int], Any]
 
@@ -209,10 +209,19 @@ class Shard:
         LayoutError
             On all ranks, if dtypes or the other dimensions differ.
         """
-        # The one step up the layers: the method belongs here for its users, its communication does not.
-        from parckpt.sharding import stack
+        if _stacker is None:
+            raise InternalError("Shard.stack needs parckpt.sharding to be imported")
+        return _stacker(local, comm, axis)
 
-        return stack(local, comm, axis)
+
+# The method belongs here for its users, its communication does not: parckpt.sharding hands it in when it is imported.
+_stacker: Callable[[Any, Any, int], Shard] | None = None
+
+
+def set_stacker(stacker: Callable[[Any, Any, int], Shard]) -> None:
+    """Say what `Shard.stack` calls."""
+    global _stacker
+    _stacker = stacker
 
 
 @dataclass(frozen=True, eq=False)
