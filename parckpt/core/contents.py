@@ -15,34 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from parckpt.core import dtypes
-from parckpt.core.dtypes import DType
 from parckpt.core.layout import Box
-from parckpt.core.table import Column, Table, join_names, split_names
+from parckpt.core.tensors import TensorRow
+from parckpt.core.tablefile import Column, Table, join_names, split_names
 from parckpt.errors import FormatError
 
-__all__ = ["BoxColumns", "Contents", "Extent", "StoredBox", "StoredFile", "StoredTensor", "box_columns", "chunk_count"]
+__all__ = ["BoxColumns", "Contents", "Extent", "StoredBox", "StoredFile", "box_columns", "chunk_count"]
 
 MAX_NDIM = 64  # numpy's own limit
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor; ``per_rank`` is the rank it belongs to, or -1 when it is shared."""
-
-    name: str
-    dtype: DType
-    global_shape: tuple[int, ...]
-    per_rank: int = -1
-
-    @property
-    def file_name(self) -> str:
-        """Its name where the tensors of all ranks stand in one file."""
-        return self.name if self.per_rank < 0 else f"{self.name}@rank_{self.per_rank}"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return int(np.prod(self.global_shape, dtype=object)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -119,7 +99,7 @@ class Contents:
         How many extents the box has; they follow each other in the extent columns.
     """
 
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[TensorRow, ...]
     files: tuple[StoredFile, ...]
     boxes: BoxColumns
     box_entry: Column
@@ -283,7 +263,7 @@ class Contents:
         return nbytes
 
 
-def tensor_columns(tensors: Sequence[StoredTensor]) -> dict[str, Column]:
+def tensor_columns(tensors: Sequence[TensorRow]) -> dict[str, Column]:
     """Columns of a tensor list, without the names."""
     return {
         "tensor_dtype": np.array([t.dtype.code for t in tensors], "u1"),
@@ -293,7 +273,7 @@ def tensor_columns(tensors: Sequence[StoredTensor]) -> dict[str, Column]:
     }
 
 
-def parse_tensors(columns: dict[str, Column], names: Sequence[str], path: str) -> tuple[StoredTensor, ...]:
+def parse_tensors(columns: dict[str, Column], names: Sequence[str], path: str) -> tuple[TensorRow, ...]:
     """Tensor list of checked columns."""
     ndims = columns["tensor_ndim"].tolist()
     dims = columns["tensor_dims"].tolist()
@@ -302,14 +282,14 @@ def parse_tensors(columns: dict[str, Column], names: Sequence[str], path: str) -
         raise FormatError(f"{path}: the tensor columns differ in length", path=path, field="tensor_dims")
     if any(d < 0 for d in dims) or max(ndims, default=0) > MAX_NDIM:
         raise FormatError(f"{path}: a tensor has an impossible shape", path=path, field="tensor_dims")
-    tensors: list[StoredTensor] = []
+    tensors: list[TensorRow] = []
     position = 0
     for name, code, rank, ndim in zip(names, codes, ranks, ndims, strict=True):
         try:
             dtype = dtypes.by_code(code)
         except KeyError:
             raise FormatError(f"{path}: tensor {name!r} has dtype code {code}", path=path, field="tensor_dtype") from None
-        tensors.append(StoredTensor(name, dtype, tuple(dims[position : position + ndim]), rank))
+        tensors.append(TensorRow(name, dtype, tuple(dims[position : position + ndim]), rank))
         position += ndim
         if tensors[-1].nbytes >= 1 << 63:
             raise FormatError(f"{path}: tensor {name!r} has an impossible size", path=path, field="tensor_dims")
@@ -318,7 +298,7 @@ def parse_tensors(columns: dict[str, Column], names: Sequence[str], path: str) -
     return tuple(tensors)
 
 
-def check_boxes(tensors: Sequence[StoredTensor], boxes: BoxColumns, nfiles: int, path: str) -> None:
+def check_boxes(tensors: Sequence[TensorRow], boxes: BoxColumns, nfiles: int, path: str) -> None:
     """Every box refers to a tensor and file that exist and lies inside its tensor; FormatError otherwise."""
     count = len(boxes.tensor)
     if len(boxes.file) != count:

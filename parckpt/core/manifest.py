@@ -18,13 +18,13 @@ from parckpt.core.contents import (
     BoxColumns,
     Contents,
     StoredFile,
-    StoredTensor,
     check_boxes,
     chunk_count,
     parse_tensors,
     tensor_columns,
 )
-from parckpt.core.table import Column, Table, decode, encode, join_names, split_names
+from parckpt.core.tensors import TensorRow
+from parckpt.core.tablefile import Column, Table, decode, encode, join_names, split_names
 from parckpt.errors import FormatError, IntegrityError
 
 __all__ = ["CHUNK_NBYTES", "Facts", "Manifest", "Plan", "Record", "assemble", "uncovered"]
@@ -157,7 +157,7 @@ class Plan:
     """
 
     facts: Facts
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[TensorRow, ...]
     boxes: BoxColumns
     per_rank_values: tuple[tuple[str, int], ...] = ()
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from parckpt.core.contents import Extent
 from parckpt.core.layout import Box, byte_box, intersect, range_boxes, shift, slices
 
-__all__ = ["Copy", "Port", "copies"]
+__all__ = ["Copy", "Port", "copies", "extract", "insert"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -46,6 +46,11 @@ class Copy:
     run_index: tuple[slice, ...]
     array_index: tuple[slice, ...]
     nbytes: int
+
+    @property
+    def rectangle(self) -> tuple[int, ...]:
+        """Shape of the rectangle, in bytes along the last dimension."""
+        return tuple(index.stop - index.start for index in self.run_index)
 
 
 def copies(
@@ -138,28 +143,54 @@ class Port:
 
     def push(self, copy: Copy, window: Bytes) -> None:
         """Copy a rectangle from the array into the file window (1-d bytes)."""
-        run = _run(copy, window)
         if self._bytes is not None:
-            run[copy.run_index] = self._select(copy)
+            _run(copy, window)[copy.run_index] = self._select(copy)
         else:
-            elements = np.ascontiguousarray(self.array[copy.array_index[:-1]], self.dtype)
-            run[copy.run_index] = _byte_view(elements)[..., copy.array_index[-1]]
+            packed = np.empty(copy.nbytes, np.uint8)
+            self.load(copy, packed)
+            insert(copy, window, packed)
 
     def pull(self, copy: Copy, window: Bytes) -> None:
         """Copy a rectangle from the file window (1-d bytes) into the array."""
-        run = _run(copy, window)
         if self._bytes is not None:
-            self._select(copy)[...] = run[copy.run_index]
+            self._select(copy)[...] = _run(copy, window)[copy.run_index]
+        else:
+            self.store(copy, extract(copy, window))
+
+    def load(self, copy: Copy, packed: Bytes) -> None:
+        """Copy a rectangle from the array into ``copy.nbytes`` contiguous bytes."""
+        target = packed.reshape(copy.rectangle)
+        if self._bytes is not None:
+            target[...] = self._select(copy)
+        else:
+            elements = np.ascontiguousarray(self.array[copy.array_index[:-1]], self.dtype)
+            target[...] = _byte_view(elements)[..., copy.array_index[-1]]
+
+    def store(self, copy: Copy, packed: Bytes) -> None:
+        """Copy ``copy.nbytes`` contiguous bytes into a rectangle of the array."""
+        source = packed.reshape(copy.rectangle)
+        if self._bytes is not None:
+            self._select(copy)[...] = source
         else:
             # Chunks may cut through an element, so the elements are read, patched and put back.
             elements = np.array(self.array[copy.array_index[:-1]], self.dtype, order="C")
-            _byte_view(elements)[..., copy.array_index[-1]] = run[copy.run_index]
+            _byte_view(elements)[..., copy.array_index[-1]] = source
             self.array[copy.array_index[:-1]] = elements
 
     def _select(self, copy: Copy) -> Bytes:
         assert self._bytes is not None
         view = self._bytes.reshape(-1) if len(copy.array_index) != self._bytes.ndim else self._bytes
         return view[copy.array_index]
+
+
+def insert(copy: Copy, window: Bytes, packed: Bytes) -> None:
+    """Copy ``copy.nbytes`` contiguous bytes into their rectangle of the file window."""
+    _run(copy, window)[copy.run_index] = packed.reshape(copy.rectangle)
+
+
+def extract(copy: Copy, window: Bytes) -> Bytes:
+    """The bytes of a rectangle of the file window, contiguous; a view where they lie so."""
+    return np.ascontiguousarray(_run(copy, window)[copy.run_index]).reshape(-1)
 
 
 def _run(copy: Copy, window: Bytes) -> Bytes:

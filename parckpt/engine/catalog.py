@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from parckpt.core import naming
 from parckpt.core.crc import crc32
 from parckpt.core.manifest import Facts, Manifest
-from parckpt.core.table import peek
+from parckpt.core.tablefile import peek
 from parckpt.errors import (
     CheckpointGoneError,
     FormatError,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -50,10 +50,23 @@ class ChunkWriter:
         Final length of the file.
     buffers : list of memoryview
         Page-aligned, each `CHUNK_NBYTES` long; ours until `close`.
+    volatile : sequence of (int, int)
+        Byte ranges that differ from save to save although no tensor does (step numbers, trailer).
+
+    Attributes
+    ----------
+    chunk_crcs : uint32 array
+        crc32 of each chunk.
+    content_crcs : uint32 array
+        The same without the volatile bytes: equal to the last save's when no tensor changed.
     """
 
-    def __init__(self, output: Output, nbytes: int, buffers: list[memoryview]) -> None:
+    def __init__(
+        self, output: Output, nbytes: int, buffers: list[memoryview], volatile: Sequence[tuple[int, int]] = ()
+    ) -> None:
         self.nbytes = nbytes
+        self._volatile = sorted(volatile)
+        self.content_crcs = np.zeros(chunk_count(nbytes, CHUNK_NBYTES), "<u4")
         self.chunk_crcs = np.zeros(chunk_count(nbytes, CHUNK_NBYTES), "<u4")
         self._output = output
         self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
@@ -166,8 +179,18 @@ class ChunkWriter:
 
     def _write(self, index: int, buffer: memoryview, nbytes: int) -> None:
         self.chunk_crcs[index] = crc32(buffer[:nbytes])
+        self.content_crcs[index] = self._content_crc(index, buffer[:nbytes])
         # The tail is padded to a whole page, so that it can go past the page cache too; the file is cut afterwards.
         padded = -(-nbytes // 4096) * 4096
         if padded != nbytes:
             buffer[nbytes:padded] = bytes(padded - nbytes)
         self._output.write(buffer[:padded], index * CHUNK_NBYTES)
+
+    def _content_crc(self, index: int, chunk: memoryview) -> int:
+        first = index * CHUNK_NBYTES
+        crc, position, skipped = 0, 0, False
+        for start, stop in self._volatile:
+            start, stop = max(start - first, 0), min(stop - first, len(chunk))
+            if start < stop:
+                crc, position, skipped = crc32(chunk[position:start], crc), stop, True
+        return crc32(chunk[position:], crc) if skipped else int(self.chunk_crcs[index])

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from parckpt.core.contents import StoredTensor
 from parckpt.core.layout import Box
-from parckpt.core.table import Column
+from parckpt.core.tensors import TensorRow
+from parckpt.core.tablefile import Column
 from parckpt.errors import ConfigError
-from parckpt.formats.base import Entry, Extent, FileLayout
-from parckpt.formats.registry import Format
+from parckpt.formats.base import Entry, Extent, FileLayout, Format
 
 __all__ = ["FilePlan", "plan_file"]
 
@@ -64,12 +63,11 @@ class FilePlan:
 
 def plan_file(
     form: Format,
-    boxes: Sequence[tuple[StoredTensor, Box]],
-    append: Mapping[str, Any],
+    boxes: Sequence[tuple[TensorRow, Box]],
+    append: Sequence[tuple[Entry, bytes]],
     *,
     integrated: bool,
-    crc: bool,
-    crc_value: int | None = None,
+    crc: int | None,
     metadata: Mapping[str, str] | None = None,
 ) -> FilePlan:
     """Lay a file out.
@@ -78,14 +76,14 @@ def plan_file(
     ----------
     form : Format
         The file format.
-    boxes : sequence of (StoredTensor, Box)
+    boxes : sequence of (TensorRow, Box)
         What the file holds, in order. A second box of one tensor is called ``<name>@shard_<k>``.
-    append : mapping
-        Appended plain values, after the boxes.
+    append : sequence of (Entry, bytes)
+        Appended values and their content, after the boxes.
     integrated : bool
         All ranks' tensors stand in this file.
-    crc, crc_value : bool, int
-        Whether MindSpore's crc is asked for, and its value where the layout depends on it (safetensors).
+    crc : int or None
+        None: no crc of MindSpore's; else as `Format.layout`.
 
     Raises
     ------
@@ -105,15 +103,11 @@ def plan_file(
             extra.append(name)
         index.append(len(extra) if count else 0)
         entries.append(form.entry(name, tensor.dtype, box.shape))
-    contents: list[bytes] = []
-    for name, value in append.items():
-        entry, content = form.value_entry(name, value)
-        entries.append(entry)
-        contents.append(content)
+    entries.extend(entry for entry, _ in append)
     _check_unique(entries)
-    layout = form.layout(entries, crc=crc, crc_value=crc_value, metadata=metadata or {})
+    layout = form.layout(entries, metadata=metadata or {}, crc=crc)
     return FilePlan(
-        layout, tuple(entries), tuple(contents), len(boxes), np.array(index, "<u4"), tuple(extra)
+        layout, tuple(entries), tuple(content for _, content in append), len(boxes), np.array(index, "<u4"), tuple(extra)
     )
 
 

@@ -1,0 +1,69 @@
+"""One rank's state as the engine sees it: what it holds, described for the others, ready to be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from parckpt.core import values
+from parckpt.core.describe import Held, digest, pack
+from parckpt.core.layout import Box, contains
+from parckpt.core.state import FlatState
+from parckpt.engine.arrays import Source
+from parckpt.errors import InternalError
+
+__all__ = ["LocalState"]
+
+
+@dataclass(frozen=True)
+class LocalState:
+    """A flattened state with its description.
+
+    Attributes
+    ----------
+    description, digest : bytes
+        What the other ranks get to know, and its SHA-256: while no rank's digest changes, the plan holds.
+    sources : dict
+        Tensor name to the boxes this rank holds of it.
+    """
+
+    flat: FlatState
+    description: bytes
+    digest: bytes
+    sources: dict[str, list[Source]]
+
+    @classmethod
+    def of(cls, flat: FlatState) -> LocalState:
+        """Describe a state. Not collective.
+
+        Raises
+        ------
+        LayoutError
+            If a box has another number of dimensions than its tensor.
+        """
+        held = [
+            Held(leaf.name, leaf.dtype, leaf.global_shape, piece.offsets, piece.shape, leaf.per_rank, leaf.split)
+            for leaf in flat.tensors
+            for piece in leaf.pieces
+        ]
+        # An empty list is also what a rank hands in that holds no Shard of some tensor: then it is no value.
+        tensors = {leaf.name for leaf in flat.tensors}
+        listed = [(value.name, value.per_rank) for value in flat.values if value.name not in tensors]
+        description = pack(held, listed)
+        sources = {leaf.name: [Source(leaf.name, leaf.dtype, piece) for piece in leaf.pieces] for leaf in flat.tensors}
+        return cls(flat, description, digest(description), sources)
+
+    def source(self, name: str, box: Box) -> Source:
+        """The held box that contains ``box``."""
+        for source in self.sources.get(name, ()):
+            if source.box == box or contains(source.box, box):
+                return source
+        raise InternalError(f"the plan asks this rank for {box} of {name!r}, which it does not hold")
+
+    def shared_values(self) -> dict[str, Any]:
+        """Encoded plain values that all ranks should have alike."""
+        return {leaf.name: values.encode(leaf.value) for leaf in self.flat.values if not leaf.per_rank}
+
+    def own_values(self) -> dict[str, Any]:
+        """Encoded plain values that belong to this rank alone."""
+        return {leaf.name: values.encode(leaf.value) for leaf in self.flat.values if leaf.per_rank}
