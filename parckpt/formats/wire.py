@@ -20,7 +20,7 @@ VARINT, FIXED64, LENGTH, _START_GROUP, _END_GROUP, FIXED32 = range(6)
 _MAX_VARINT_NBYTES = 10
 # Depth at which the protobuf runtimes give up too; nothing we know has groups at all.
 _MAX_GROUP_DEPTH = 100
-# Headers are read in pieces: this many bytes after a jump over content, doubled while reading on without a jump.
+# Headers are read in pieces: this many bytes after a jump over content, doubled while no jump is longer than a piece.
 _FIRST_PIECE_NBYTES = 512
 _LAST_PIECE_NBYTES = 64 << 10
 
@@ -155,7 +155,7 @@ class WireReader:
 
     def _move(self, start: int) -> None:
         behind = self._start + len(self._window)
-        if self._start <= start <= behind and self._window:
+        if self._window and self._start <= start <= behind + self._piece_nbytes:
             self._piece_nbytes = min(2 * self._piece_nbytes, _LAST_PIECE_NBYTES)
         else:
             self._piece_nbytes = _FIRST_PIECE_NBYTES
