@@ -187,10 +187,12 @@ def _group_boxes(rows: Rows, tensor: Ints, groups: Groups, problems: Problems) -
     index, key, linear, nothing = index[order], key[order], linear[order], nothing[order]
 
     differs, twice = _compare(rows, index, key)
-    dropped = (differs | twice) & nothing
-    if dropped.any():
-        index, key, linear = index[~dropped], key[~dropped], linear[~dropped]
-        differs, twice = _compare(rows, index, key)
+    # Of an empty tensor only the first box stays. `twice` looks at neighbours: the others have to go before.
+    for which in (0, 1):
+        dropped = (differs, twice)[which] & nothing
+        if dropped.any():
+            index, key, linear, nothing = (column[~dropped] for column in (index, key, linear, nothing))
+            differs, twice = _compare(rows, index, key)
     begins = _begins(key)
     lead = index[np.flatnonzero(begins)]
     box = np.cumsum(begins) - 1
