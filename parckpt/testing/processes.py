@@ -63,25 +63,32 @@ def files_in_use(pids: Iterable[int] | None = None) -> set[str]:
     return paths
 
 
-def sweep(since: float, min_age_s: float = 10.0) -> list[str]:
+def sweep(since: float, min_age_s: float = 5.0) -> list[str]:
     """Remove what killed ranks left: our own files, made since ``since`` (wall clock), that no process uses.
 
-    Another run on this machine may have just made a file that it has not mapped yet, hence the age.
+    Another run on this machine may have just made a file that it has not mapped yet: what is younger than ``min_age_s``
+    is looked at again when it is that old.
     """
+    found = {path: status for path, status in _debris() if status.st_mtime >= since}
+    youngest = max((status.st_mtime for status in found.values()), default=0.0)
+    time.sleep(max(0.0, min(youngest + min_age_s - time.time(), min_age_s)))
     used = files_in_use()
-    removed = []
+    removed = [path for path in found if str(path) not in used]
+    for path in removed:
+        path.unlink(missing_ok=True)
+    return [str(path) for path in removed]
+
+
+def _debris() -> Iterator[tuple[Path, os.stat_result]]:
     for pattern in DEBRIS_PATTERNS:
         directory, _, name = pattern.rpartition("/")
         for path in Path(directory).glob(name):
             try:
                 status = path.stat()
-                mine = status.st_uid == os.getuid() and status.st_mtime >= since
-                if mine and str(path) not in used and time.time() - status.st_mtime >= min_age_s:
-                    path.unlink()
-                    removed.append(str(path))
             except FileNotFoundError:
                 continue
-    return removed
+            if status.st_uid == os.getuid():
+                yield path, status
 
 
 def _processes() -> Iterator[Path]:
