@@ -27,7 +27,7 @@ from parckpt.core.tensors import TensorRow
 from parckpt.core.tablefile import Column, Table, decode, encode, join_names, split_names
 from parckpt.errors import FormatError, IntegrityError
 
-__all__ = ["CHUNK_NBYTES", "Facts", "Manifest", "Plan", "Record", "assemble", "uncovered"]
+__all__ = ["CHUNK_NBYTES", "Coverage", "Facts", "Manifest", "Plan", "Record", "assemble", "coverage"]
 
 CHUNK_NBYTES = 4 << 20  # design.md, "chunk": measured best for checksum and cipher in cache
 
@@ -294,30 +294,47 @@ class Manifest:
         return sum(file.nbytes for file in self.contents.files)
 
 
-def uncovered(plan: Plan, present: Sequence[int]) -> list[str]:
-    """What of the plan the files of the ``present`` ranks do not hold.
+@dataclass(frozen=True)
+class Coverage:
+    """What of a plan is not held by the files that are there.
+
+    Attributes
+    ----------
+    boxes : list of str
+        One description for each missing box of a shared tensor.
+    per_rank : list of str
+        Entries that belonged to absent ranks, as ``name@rank_r``: a breakpoint may do without them.
+    """
+
+    boxes: list[str]
+    per_rank: list[str]
+
+
+def coverage(plan: Plan, present: Sequence[int]) -> Coverage:
+    """Compare a plan with the files of the ``present`` ranks.
 
     A box that an absent rank was to write counts as held when a present rank wrote the same box (without
     ``remove_redundancy`` every holder writes it).
-
-    Returns
-    -------
-    list of str
-        One description for each missing box or per-rank value; empty when coverage holds.
     """
     there = np.zeros(plan.nfiles, bool)
     there[list(present)] = True
-    missing = [f"{name}@rank_{rank}" for name, rank in plan.per_rank_values if not there[0 if plan.nfiles == 1 else rank]]
+    per_rank = [
+        f"{name}@rank_{rank}" for name, rank in plan.per_rank_values if not there[0 if plan.facts.integrated else rank]
+    ]
+    boxes: list[str] = []
     absent = np.flatnonzero(~there[plan.boxes.file]) if len(plan.boxes.file) else np.zeros(0, np.int64)
-    if not len(absent):
-        return missing
-    keys = _box_keys(plan)
-    held = {keys[row] for row in np.flatnonzero(there[plan.boxes.file]).tolist()}
-    for row in absent.tolist():
-        if keys[row] not in held:
+    if len(absent):
+        keys = _box_keys(plan)
+        held = {keys[row] for row in np.flatnonzero(there[plan.boxes.file]).tolist()}
+        for row in absent.tolist():
             tensor = plan.tensors[int(plan.boxes.tensor[row])]
-            missing.append(tensor.file_name if tensor.per_rank >= 0 else f"{tensor.name} of rank {plan.boxes.file[row]}")
-    return missing
+            if keys[row] in held:
+                continue
+            if tensor.per_rank >= 0:
+                per_rank.append(tensor.file_name)
+            else:
+                boxes.append(f"{tensor.name} of rank {plan.boxes.file[row]}")
+    return Coverage(boxes, per_rank)
 
 
 def _box_keys(plan: Plan) -> list[tuple[int, bytes]]:

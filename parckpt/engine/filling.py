@@ -1,0 +1,158 @@
+"""From matched names to the caller's arrays: where bytes are put, and what is done once all have come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from parckpt.core import values
+from parckpt.core.contents import Contents
+from parckpt.core.flat import FlatState, TensorLeaf
+from parckpt.core.layout import whole
+from parckpt.core.leaves import Leaf
+from parckpt.core.readplan import Want
+from parckpt.core.target import Matched, Slot
+from parckpt.core.transfer import Port
+from parckpt.errors import StateMismatchError
+
+__all__ = ["Filling", "make_filling"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass
+class Filling:
+    """The ports of one restore, and the steps that complete it.
+
+    Attributes
+    ----------
+    wants : list of Want
+        What this rank wants.
+    ports : dict
+        Where each goes.
+    arrays : dict
+        Tensor name to the arrays that were allocated (a list where the state has a list).
+    """
+
+    wants: list[Want] = field(default_factory=list)
+    ports: dict[Want, list[Port]] = field(default_factory=dict)
+    arrays: dict[str, Any] = field(default_factory=dict)
+    _afterwards: list[Callable[[], None]] = field(default_factory=list)
+    _old: dict[str, list[Array]] = field(default_factory=dict)
+
+    def want(self, tensor: int, box: Any, array: Array, dtype: np.dtype[Any]) -> None:
+        """Ask for a box to be put into an array."""
+        wanted = Want(tensor, box)
+        if wanted not in self.ports:
+            self.wants.append(wanted)
+        self.ports.setdefault(wanted, []).append(Port(array, dtype))
+
+    def finish(self, flat: FlatState, matched: Matched, per_rank: Mapping[str, Mapping[str, Any]], rank: int, size: int) -> Any:
+        """Convert, hand out and write back once every byte has come. Returns the rebuilt state.
+
+        Calls user code (``write_from``, ``on_resize``); its errors are the caller's to agree on.
+        """
+        for step in self._afterwards:
+            step()
+        restored = {name: values.decode(value) for name, value in matched.values.items()}
+        for resize in matched.resizes:
+            old: list[Any] = self._old.get(resize.leaf.name, [])
+            if not isinstance(resize.leaf, TensorLeaf):
+                by_rank = per_rank[resize.stored_name]
+                old = [values.decode(by_rank[key]) for key in sorted(by_rank, key=int)]
+            assert callable(resize.leaf.on_resize)
+            new = resize.leaf.on_resize(old, rank, size)
+            if isinstance(resize.leaf, TensorLeaf):
+                self._put(resize.leaf, new)
+            else:
+                restored[resize.leaf.name] = new
+        for leaf in flat.values:
+            if leaf.name in restored:
+                leaf.write_back(restored[leaf.name])
+        return flat.rebuild(self.arrays, restored)
+
+    def _put(self, leaf: TensorLeaf, new: Any) -> None:
+        array = np.asarray(new)
+        piece = leaf.pieces[0]
+        if array.shape != piece.shape:
+            raise StateMismatchError(
+                f"on_resize of {leaf.name!r} gave shape {array.shape}, expected {piece.shape}", mismatched=[leaf.name]
+            )
+        if isinstance(piece.source, np.ndarray):
+            piece.source[...] = array
+        elif isinstance(piece.source, Leaf) and piece.source.write_from is not None:
+            piece.source.write_from(_read_only(array.astype(leaf.dtype.numpy)))
+        else:
+            self.arrays[leaf.name] = array.astype(leaf.dtype.numpy)
+
+
+def make_filling(contents: Contents, matched: Matched, *, atomic: bool) -> Filling:
+    """Allocate what must be allocated and say where each wanted box goes.
+
+    Parameters
+    ----------
+    atomic : bool
+        Arrays are filled in a second buffer first, so that a failed restore leaves them alone.
+    """
+    filling = Filling()
+    several: dict[str, list[Any]] = {}
+    for slot in matched.slots:
+        array = _target(filling, contents, slot, atomic)
+        if slot.piece.source is None:
+            if slot.leaf.several:
+                several.setdefault(slot.leaf.name, []).append(array)
+            else:
+                filling.arrays[slot.leaf.name] = array
+    filling.arrays.update(several)
+    for resize in matched.resizes:
+        for row in resize.tensors:
+            tensor = contents.tensors[row]
+            array = np.empty(tensor.global_shape, tensor.dtype.numpy)
+            filling._old.setdefault(resize.leaf.name, []).append(array)
+            filling.want(row, whole(tensor.global_shape), array, tensor.dtype.numpy)
+    return filling
+
+
+def _target(filling: Filling, contents: Contents, slot: Slot, atomic: bool) -> Array:
+    """The array that the bytes of a slot go into; a second one where they need another step afterwards."""
+    stored = contents.tensors[slot.tensor].dtype
+    source = slot.piece.source
+    converts = stored != slot.leaf.dtype
+    if isinstance(source, np.ndarray) and not converts and not atomic:
+        filling.want(slot.tensor, slot.box, source, stored.numpy)
+        return source
+    array: Array = np.empty(slot.piece.shape, stored.numpy)
+    filling.want(slot.tensor, slot.box, array, stored.numpy)
+    if isinstance(source, np.ndarray):
+        filling._afterwards.append(lambda: _assign(source, array))
+        return source
+    if isinstance(source, Leaf):
+        write_from, dtype = source.write_from, slot.leaf.dtype.numpy
+        assert write_from is not None
+        filling._afterwards.append(lambda: _hand_over(write_from, array, dtype))
+        return array
+    if not converts:
+        return array
+    converted: Array = np.empty(slot.piece.shape, slot.leaf.dtype.numpy)
+    filling._afterwards.append(lambda: _assign(converted, array))
+    return converted
+
+
+def _assign(target: Array, array: Array) -> None:
+    target[...] = array.astype(target.dtype) if array.dtype != target.dtype else array
+
+
+def _hand_over(write_from: Callable[[Array], object], array: Array, dtype: np.dtype[Any]) -> None:
+    write_from(_read_only(array if array.dtype == dtype else array.astype(dtype)))
+
+
+def _read_only(array: Array) -> Array:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+

@@ -1,0 +1,274 @@
+"""Root's hold on a checkpoint directory: the lock with its heartbeat, the run file, the names, what to delete."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from parckpt.core import naming
+from parckpt.core.clock import Clock
+from parckpt.core.retention import Candidate, RetentionPolicy
+from parckpt.engine.catalog import Found, find_at, scan
+from parckpt.engine.staging import Modes
+from parckpt.engine.sweep import Swept, recover
+from parckpt.errors import CheckpointNotFoundError, LockedError, StorageError
+from parckpt.storage.atomic import read_file, remove_tree, replace_file
+from parckpt.storage.filesystem import FileSystem, opened, try_stat
+from parckpt.storage.identity import Identity
+from parckpt.storage.lock import Lock
+
+__all__ = ["Keeper", "make_directory"]
+
+log = logging.getLogger("parckpt")
+
+_MAX_RUN_NBYTES = 1 << 16
+PIN = ".pin"
+
+
+@dataclass
+class _Heartbeat:
+    """Refreshes the lock from a thread: a step may take longer than the lock's patience."""
+
+    lock: Lock
+    interval_s: float
+
+    def __post_init__(self) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="parckpt-heartbeat", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.interval_s):
+            try:
+                self.lock.refresh()
+            except LockedError as error:
+                log.error("the lock is lost, the next save will fail: %s", error)
+                return
+            except StorageError as error:
+                log.warning("the lock could not be refreshed: %s", error)
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join()
+
+
+class Keeper:
+    """What only root does to the directory, between agreements. Nothing here is collective.
+
+    Parameters
+    ----------
+    family : str
+        The prefix as the user gave it; numbered prefixes belong to it.
+    """
+
+    def __init__(
+        self,
+        fs: FileSystem,
+        directory: str,
+        family: str,
+        identity: Identity,
+        clock: Clock,
+        *,
+        stale_s: float,
+        modes: Modes,
+        retention: RetentionPolicy,
+    ) -> None:
+        self.fs, self.directory, self.family, self.clock = fs, directory, family, clock
+        self.modes, self.retention, self.identity = modes, retention, identity
+        self.lock = Lock.acquire(fs, directory, family, identity, clock, stale_s, mode=modes.file)
+        self._heartbeat: _Heartbeat | None = None
+        self._cleaner = ThreadPoolExecutor(1, "parckpt-clean")
+        self._cleaning: list[Future[None]] = []
+        try:
+            self.swept: Swept = recover(fs, directory, self.owns, self.lock.check, modes)
+            self._drop_temporary_files()
+            self.run_file: dict[str, Any] | None = self._read_run_file()
+            self._heartbeat = _Heartbeat(self.lock, stale_s / 4)
+        except BaseException:
+            self.close()
+            raise
+
+    def owns(self, stem: str) -> bool:
+        """Whether a stem belongs to this family."""
+        parsed = naming.parse_stem(stem)
+        if parsed is None:
+            return False
+        rest = parsed.prefix.removeprefix(self.family)
+        numbered = rest.startswith("_") and rest[1:].isdigit()
+        return parsed.prefix.startswith(self.family) and (rest == "" or numbered)
+
+    def check(self) -> None:
+        """LockedError if the directory is no longer ours."""
+        self.lock.check()
+
+    # -- the run file ---------------------------------------------------------------------------------------------
+
+    def nothing_found(self, *, required: bool) -> None:
+        """Called when there is no checkpoint: return if that can be a first start.
+
+        Raises
+        ------
+        CheckpointNotFoundError
+            If one was required, if this job was restarted but its first start left nothing here (an unmounted or a
+            wrong directory), or if something was published here and is gone.
+        """
+        place = f"no checkpoint of {self.family!r} in {self.directory}"
+        if required:
+            raise CheckpointNotFoundError(f"{place}, and one is required", path=self.directory)
+        if self.run_file is None and self.identity.restart_count > 0:
+            raise CheckpointNotFoundError(
+                f"{place}, and no trace of the first start, though this job was restarted "
+                f"{self.identity.restart_count} times: is the right file system mounted, is the path the same?",
+                path=self.directory,
+            )
+        if self.run_file is not None and self.run_file.get("published"):
+            raise CheckpointNotFoundError(
+                f"{place}, although some were published (the last at step {self.run_file.get('step')}): they were "
+                f"deleted or moved; remove {self._run_path()} to start from scratch",
+                path=self.directory,
+            )
+
+    def note_start(self, run_id: str) -> None:
+        """Leave the trace by which a restarted job knows that this is the right directory."""
+        if self.run_file is None:
+            self._write_run_file({"run_id": run_id, "published": False, "step": 0})
+
+    def note_published(self, run_id: str, step: int) -> None:
+        """Remember, durably and once per run, that something was published here."""
+        if self.run_file is None or not self.run_file.get("published") or self.run_file.get("run_id") != run_id:
+            self._write_run_file({"run_id": run_id, "published": True, "step": step})
+
+    def _run_path(self) -> str:
+        return os.path.join(self.directory, naming.run_name(self.family))
+
+    def _read_run_file(self) -> dict[str, Any] | None:
+        path = self._run_path()
+        if try_stat(self.fs, path) is None:
+            return None
+        try:
+            content = json.loads(read_file(self.fs, path, _MAX_RUN_NBYTES))
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            log.warning("%s is damaged; it is taken as the trace of an earlier start that published", path)
+            return {"published": True, "step": "unknown"}
+        return content
+
+    def _write_run_file(self, content: Mapping[str, Any]) -> None:
+        data = json.dumps(content).encode("utf-8")
+        replace_file(self.fs, self._run_path(), data, self.modes.file)
+        self.run_file = dict(content)
+
+    # -- names and lineage ----------------------------------------------------------------------------------------
+
+    def numbered_prefix(self) -> str:
+        """The prefix of a run that restored nothing: numbered on where an earlier run used it."""
+        names = self.fs.listdir(self.directory)
+        directories = [name for name in names if naming.parse_stem(name) is not None]
+        return naming.numbered_prefix(self.family, names, directories)
+
+    def highest_sequence(self) -> int:
+        """Of everything published in this family; 0 if nothing is."""
+        return max((f.facts.sequence for f in scan(self.fs, self.directory, self.family) if f.facts), default=0)
+
+    def taken(self, path: str, run_id: str, step: int) -> tuple[bool, bool]:
+        """Whether a name is taken, and whether by the same step of the same run."""
+        if try_stat(self.fs, path) is None:
+            return False, False
+        found = find_at(self.fs, path)
+        facts = found.facts if found is not None else None
+        return True, facts is not None and (facts.run_id, facts.step) == (run_id, step)
+
+    # -- retention ------------------------------------------------------------------------------------------------
+
+    def retain(self, run_id: str, prefix: str) -> None:
+        """Delete what the policy does not keep, of this run and prefix only. Errors are logged: nothing depends on it."""
+        try:
+            published = {
+                one.path: one
+                for one in scan(self.fs, self.directory, self.family)
+                if one.facts is not None and (one.facts.run_id, one.facts.prefix) == (run_id, prefix)
+            }
+            for doomed in self.retention.surplus(self._candidate(one) for one in published.values()):
+                self._delete(published[doomed.name])
+        except StorageError as error:
+            log.warning("old checkpoints could not be deleted: %s", error)
+
+    def _candidate(self, found: Found) -> Candidate:
+        facts = found.facts
+        assert facts is not None
+        return Candidate(
+            found.path,
+            facts.sequence,
+            facts.created,
+            is_breakpoint=facts.kind == "breakpoint",
+            is_consistent=facts.consistent,
+            is_set_aside=found.set_aside is not None or found.error is not None,
+            is_pinned=try_stat(self.fs, os.path.join(self.directory, f".{found.stem}{PIN}-{found.token}")) is not None,
+        )
+
+    def _delete(self, found: Found) -> None:
+        """Rename to a trash name, durably, and remove the content in the background; of a file, data before manifest."""
+        assert found.facts is not None
+        trash = os.path.join(self.directory, naming.trash_name(found.stem, found.facts.token))
+        self.fs.rename(found.path, trash)
+        self.fs.sync_directory(self.directory)
+        self._cleaning = [future for future in self._cleaning if not future.done()]
+        self._cleaning.append(self._cleaner.submit(self._clean, trash, None if found.is_directory else found.manifest_path))
+
+    def _clean(self, trash: str, manifest: str | None) -> None:
+        try:
+            remove_tree(self.fs, trash)
+            if manifest is not None:
+                self.fs.unlink(manifest)
+        except StorageError as error:
+            log.warning("%s could not be removed, the next start will: %s", trash, error)
+
+    def _drop_temporary_files(self) -> None:
+        """What a crash left of writing the run file."""
+        start = f"{naming.run_name(self.family)}.temp-"
+        for name in self.fs.listdir(self.directory):
+            if name.startswith(start):
+                self.fs.unlink(os.path.join(self.directory, name))
+
+    def flush(self) -> None:
+        """Wait until what was to be deleted is."""
+        for future in self._cleaning:
+            future.result()
+        self._cleaning = []
+
+    def close(self) -> None:
+        """Finish deleting, stop the heartbeat, give the lock up."""
+        self._cleaner.shutdown(wait=True)
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._heartbeat = None
+        self.lock.release()
+
+
+def make_directory(fs: FileSystem, path: str, mode: int) -> None:
+    """Make a directory and its parents, each durable in its own parent; an existing one is left as it is."""
+    stat = try_stat(fs, path)
+    if stat is not None:
+        if not stat.is_dir:
+            raise StorageError(f"{path} is not a directory", errno=errno.ENOTDIR, operation="mkdir", path=path)
+        return
+    parent = os.path.dirname(path.rstrip("/")) or "."
+    make_directory(fs, parent, mode)
+    try:
+        fs.mkdir(path, mode)
+    except StorageError as error:
+        if error.errno != errno.EEXIST:
+            raise
+        return
+    with opened(fs, path, os.O_RDONLY | os.O_DIRECTORY) as fd:
+        fs.chmod_open(fd, mode)
+    fs.sync_directory(parent)

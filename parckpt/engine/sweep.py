@@ -1,0 +1,204 @@
+"""What a start finds of earlier ones: completed saves are published, everything else is removed.
+
+Called on root only, with the directory's lock held. Touches only names of its own family.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from parckpt.core import naming
+from parckpt.core.manifest import Facts, Plan, Record, assemble, coverage
+from parckpt.engine.catalog import MAX_MANIFEST_NBYTES, find_at, manifest_stem, read_facts, scan
+from parckpt.engine.staging import Modes, Staging, discard
+from parckpt.errors import FormatError, IntegrityError, StorageError
+from parckpt.storage.atomic import move_new, read_file, remove_tree
+from parckpt.storage.filesystem import FileSystem, try_stat
+
+__all__ = ["Swept", "finalize", "parse_hidden", "recover"]
+
+log = logging.getLogger("parckpt")
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What `recover` did: paths it published, and paths it removed with the reason."""
+
+    published: tuple[str, ...]
+    removed: tuple[tuple[str, str], ...]
+
+
+def recover(
+    fs: FileSystem, directory: str, belongs: Callable[[str], bool], check: Callable[[], None], modes: Modes
+) -> Swept:
+    """Finalize what is complete and sweep the rest.
+
+    Parameters
+    ----------
+    belongs : callable
+        Whether a stem is ours to touch.
+    check : callable
+        Raises if the lock was lost; called before each publish.
+    """
+    published: list[str] = []
+    removed: list[tuple[str, str]] = []
+    hidden = [(name, *parts) for name in fs.listdir(directory) if (parts := parse_hidden(name)) and belongs(parts[0])]
+    for name, stem, kind, token in hidden:
+        if kind == "staging":
+            path = os.path.join(directory, name)
+            done, why = finalize(fs, directory, stem, token, check, modes)
+            if done:
+                published.append(done)
+                log.info("published %s, which an earlier start had completed", done)
+            else:
+                discard(fs, path, stem, token)
+                removed.append((path, why))
+                log.info("removed %s: %s", path, why)
+    # Only now: a staging directory that was published may be what a replaced one waits for.
+    for name, stem, kind, token in hidden:
+        path = os.path.join(directory, name)
+        if kind == "replaced":
+            _settle_replaced(fs, directory, path, stem, token)
+        elif kind == "trash":
+            remove_tree(fs, path)
+        elif kind == "bad" and not _names(fs, directory, stem, token):
+            fs.unlink(path)
+    _drop_orphan_manifests(fs, directory, belongs)
+    return Swept(tuple(published), tuple(removed))
+
+
+def finalize(
+    fs: FileSystem, directory: str, stem: str, token: str, check: Callable[[], None], modes: Modes
+) -> tuple[str | None, str]:
+    """Publish a staging directory if nothing is missing.
+
+    Returns
+    -------
+    (path, reason)
+        The published path, or None and why not.
+    """
+    path = os.path.join(directory, f".{stem}.staging-{token}")
+    try:
+        if try_stat(fs, os.path.join(path, naming.ABORTED)) is not None:
+            return None, "the save was rejected"
+        plan = Plan.decode(_read(fs, os.path.join(path, naming.PLAN)), path)
+        if plan.facts.token != token or plan.facts.stem != stem:
+            return None, "its plan belongs to another save"
+        records = _records(fs, path, plan)
+    except (IntegrityError, FormatError, StorageError) as error:
+        return None, f"its plan cannot be read: {error}"
+    missing = coverage(plan, [record.rank for record in records])
+    if missing.boxes or (missing.per_rank and plan.facts.kind != "breakpoint"):
+        lacking = [*missing.boxes, *missing.per_rank]
+        return None, f"it is incomplete: {lacking[0]}" + (f" and {len(lacking) - 1} more" * (len(lacking) > 1))
+    rival = _rival(fs, directory, plan.facts)
+    if rival is not None:
+        return None, f"{rival} was published since"
+    facts = replace(plan.facts, missing=missing.per_rank, reason=plan.facts.reason or "finalized")
+    manifest = assemble(plan, records, facts)
+    check()
+    staging = Staging(fs, directory, stem, token, naming.EXTENSIONS[facts.format], modes)
+    _drop_stale(fs, os.path.join(path, naming.MANIFEST))
+    if facts.integrated:
+        _drop_stale(fs, staging.final_manifest)
+        return staging.publish_file(manifest.encode(), replace=_replaces(fs, staging.final_file, facts)), ""
+    return staging.publish_directory(manifest.encode(), replace=_replaces(fs, staging.final_directory, facts)), ""
+
+
+def parse_hidden(name: str) -> tuple[str, str, str] | None:
+    """Stem, kind and token of ``.<stem>.<kind>-<token>``; None for other names."""
+    head, _, tail = name.rpartition(".")
+    kind, _, token = tail.rpartition("-")
+    known = kind in ("staging", "trash", "replaced", "bad")
+    if not known or not head.startswith(".") or len(head) < 2 or len(token) != 16:
+        return None
+    return (head[1:], kind, token) if all(c in "0123456789abcdef" for c in token) else None
+
+
+def _records(fs: FileSystem, path: str, plan: Plan) -> list[Record]:
+    """The records that belong to the plan and whose files are there in full."""
+    found: list[Record] = []
+    for rank in range(plan.nfiles):
+        record_path = os.path.join(path, naming.rank_directory(rank), naming.RECORD)
+        if try_stat(fs, record_path) is None:
+            continue
+        record = Record.decode(_read(fs, record_path), record_path)
+        own = os.path.join(naming.rank_directory(rank), f"{plan.facts.stem}.{naming.EXTENSIONS[plan.facts.format]}")
+        stat = try_stat(fs, os.path.join(path, own))
+        fits = (record.token, record.plan_hash, record.rank, record.path) == (
+            plan.facts.token,
+            plan.facts.plan_hash,
+            rank,
+            own,
+        )
+        if fits and stat is not None and stat.nbytes == record.nbytes:
+            found.append(record)
+    return found
+
+
+def _rival(fs: FileSystem, directory: str, facts: Facts) -> str | None:
+    """A published checkpoint of another attempt at the same or a later step."""
+    for found in scan(fs, directory, facts.family):
+        other = found.facts
+        if other is not None and other.attempt != facts.attempt and other.step >= facts.step:
+            return found.path
+    return None
+
+
+def _replaces(fs: FileSystem, path: str, facts: Facts) -> bool:
+    """Whether what has the name is the same step of the same run."""
+    if try_stat(fs, path) is None:
+        return False
+    found = find_at(fs, path)
+    return found is not None and found.facts is not None and (
+        (found.facts.run_id, found.facts.step) == (facts.run_id, facts.step)
+    )
+
+
+def _settle_replaced(fs: FileSystem, directory: str, path: str, stem: str, token: str) -> None:
+    """The old directory of an interrupted replacement: back to its name, or away when the new one has it."""
+    final = os.path.join(directory, stem)
+    if try_stat(fs, final) is None:
+        move_new(fs, path, final)
+        fs.sync_directory(directory)
+        log.info("put %s back: its replacement was not completed", final)
+    else:
+        discard(fs, path, stem, token)
+
+
+def _names(fs: FileSystem, directory: str, stem: str, token: str) -> bool:
+    """Whether a checkpoint with this stem and token is there."""
+    paths = [stem, *(f"{stem}.{extension}" for extension in naming.EXTENSIONS.values())]
+    found = [find_at(fs, os.path.join(directory, p)) for p in paths if try_stat(fs, os.path.join(directory, p))]
+    return any(one is not None and (one.facts is None or one.token == token) for one in found)
+
+
+def _drop_orphan_manifests(fs: FileSystem, directory: str, belongs: Callable[[str], bool]) -> None:
+    """Manifests whose data is not there (a crash before the data was renamed), or that do not fit it any more."""
+    names = fs.listdir(directory)
+    for name in names:
+        stem = manifest_stem(name)
+        if stem is None or not belongs(stem):
+            continue
+        facts, _ = read_facts(fs, os.path.join(directory, name))
+        if facts is None:
+            continue  # damaged: kept, and reported by whoever reads
+        data = os.path.join(directory, f"{stem}.{naming.EXTENSIONS.get(facts.format, '')}")
+        current = find_at(fs, data) if try_stat(fs, data) is not None else None
+        orphan = try_stat(fs, data) is None
+        outdated = current is not None and current.error is None and current.token != facts.token
+        if orphan or outdated:
+            fs.unlink(os.path.join(directory, name))
+            fs.sync_directory(directory)
+
+
+def _drop_stale(fs: FileSystem, path: str) -> None:
+    if try_stat(fs, path) is not None:
+        fs.unlink(path)
+
+
+def _read(fs: FileSystem, path: str) -> bytes:
+    return read_file(fs, path, MAX_MANIFEST_NBYTES)
