@@ -119,7 +119,7 @@ def _read_tensor(
         _refuse(path, "name", f"{name[:50]!r}... has {len(name)} characters, at most {MAX_NAME_NBYTES} are taken")
     # More keys than these are stepped over, as the library does.
     if not isinstance(item, dict) or not item.keys() >= _TENSOR_KEYS:
-        _refuse(path, name, f"not an object with {', '.join(sorted(_TENSOR_KEYS))}")
+        _refuse(path, "tensor", f"{name!r} is not an object with {', '.join(sorted(_TENSOR_KEYS))}")
     type_name, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
     dtype = dtypes.by_safetensors(type_name) if isinstance(type_name, str) else None
     if dtype is None:
