@@ -153,6 +153,14 @@ class Contents:
             ),
         )
 
+    def geometry(self, tensor: int) -> tuple[Column, Column, Column]:
+        """Row numbers of a tensor's stored boxes, ascending, with their offsets and shapes: int64 (n,), (n, ndim) x 2."""
+        order, starts = self._by_tensor
+        rows = order[int(starts[tensor]) : int(starts[tensor + 1])]
+        ndim = len(self.tensors[tensor].global_shape)
+        first = self._dims_at[rows][:, None] + np.arange(ndim)
+        return rows, self.boxes.dims[first], self.boxes.dims[first + ndim]
+
     def boxes_of(self, tensor: int) -> Iterator[StoredBox]:
         """All stored boxes of a tensor, in row order."""
         order, starts = self._by_tensor
