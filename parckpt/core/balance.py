@@ -12,9 +12,11 @@ __all__ = ["level_loads"]
 
 Ints = npt.NDArray[np.int64]
 
-# Sweeps over all sets before single paths are mended. Nested and disjoint sets (meshes) need one or two; long chains
-# of overlapping sets converge slowly, and there paths are cheaper.
-_MAX_SWEEPS = 24
+# Sweeps over all sets before single paths are mended, which is dear: disjoint and nested sets (meshes) need one or two
+# sweeps, rows crossing columns about 200, and only many sets in odd constellations more than that.
+_MAX_SWEEPS = 256
+_MIN_SWEEPS = 24
+_MAX_FILLS = 1 << 16  # about two seconds
 
 
 def level_loads(amounts: Sequence[int], sets: Sequence[Ints], base: Ints, tolerance: int) -> list[Ints]:
@@ -46,7 +48,7 @@ def level_loads(amounts: Sequence[int], sets: Sequence[Ints], base: Ints, tolera
     shares = [np.zeros(len(ranks), dtype=np.int64) for ranks in sets]
     # Small sets have the least choice: they go first, the large ones then fill the valleys.
     order = sorted(range(len(sets)), key=lambda s: (len(sets[s]), s))
-    for sweep in range(_MAX_SWEEPS):
+    for sweep in range(max(_MIN_SWEEPS, min(_MAX_SWEEPS, _MAX_FILLS // max(1, len(sets))))):
         for s in order if sweep % 2 == 0 else reversed(order):
             others = load[sets[s]] - shares[s]
             shares[s] = _fill(others, amounts[s])

@@ -152,3 +152,15 @@ def test_a_mesh_of_nested_sets_reaches_the_optimum() -> None:
     shares = assign_owners(replicas, [k // 4 for k in range(nranks)], split=True)
     check_cover(replicas, shares)
     assert loads(replicas, shares, nranks).max() <= optimum(replicas, nranks) + CHUNK_NBYTES
+
+
+def test_rows_crossing_columns_reach_the_optimum() -> None:
+    """A 6 x 6 mesh with tensors replicated along rows and others along columns, of very different sizes."""
+    generator = np.random.default_rng(11)
+    mesh = np.arange(36).reshape(6, 6)
+    sets = [*mesh.tolist(), *mesh.T.tolist()]
+    which = generator.integers(0, len(sets), 60).tolist()
+    replicas = make((generator.random(60) ** 4 * (1 << 30)).astype(np.int64).tolist(), which, sets)
+    shares = assign_owners(replicas, [k // 6 for k in range(36)], split=True)
+    check_cover(replicas, shares)
+    assert loads(replicas, shares, 36).max() <= optimum(replicas, 36) + CHUNK_NBYTES
