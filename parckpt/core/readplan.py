@@ -200,20 +200,23 @@ def _chunk_base(contents: Contents) -> Ints:
 def _uses(contents: Contents, segments: Sequence[Segment]) -> tuple[Ints, Ints, Ints]:
     """Which chunks each segment takes bytes from: (chunk id, segment, bytes), each pair once."""
     base = _chunk_base(contents).tolist()
-    known: dict[tuple[int, Box], tuple[list[int], list[int]]] = {}
+    # Ranks that hold replicas want equal parts: those are counted once.
+    number: dict[tuple[int, Box], int] = {}
+    distinct: list[tuple[StoredBox, Box, int]] = []
+    for segment in segments:
+        key = segment.stored.index, segment.part
+        if key not in number:
+            number[key] = len(distinct)
+            distinct.append((segment.stored, segment.part, contents.tensors[segment.stored.tensor].dtype.itemsize))
+    by_chunk = bytes_by_chunk(distinct, contents.chunk_nbytes)
     ids: list[int] = []
     counts: list[int] = []
     sizes: list[int] = []
     for segment in segments:
-        key = segment.stored.index, segment.part
-        if key not in known:
-            itemsize = contents.tensors[segment.stored.tensor].dtype.itemsize
-            chunks = bytes_by_chunk(segment.stored, segment.part, itemsize, contents.chunk_nbytes)
-            first = base[segment.stored.file]
-            known[key] = [first + chunk for chunk in chunks], list(chunks.values())
-        found, nbytes = known[key]
-        ids += found
-        sizes += nbytes
+        found = by_chunk[number[segment.stored.index, segment.part]]
+        first = base[segment.stored.file]
+        ids += [first + chunk for chunk in found]
+        sizes += found.values()
         counts.append(len(found))
     parts = np.repeat(np.arange(len(segments)), counts) if segments else np.zeros(0)
     return np.array(ids, np.int64), parts.astype(np.int64), np.array(sizes, np.int64)
