@@ -7,7 +7,7 @@ element comes from exactly one stored box, also where several files hold it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -86,13 +86,13 @@ class ReadPlan:
         """What a rank reads, in the order in which it reads and sends."""
         return [self.read(row) for row in np.flatnonzero(self.reader == rank).tolist()]
 
-    def receipts_of(self, rank: int) -> dict[int, list[Delivery]]:
-        """What a rank gets from each other rank, in the order in which that one sends."""
-        found: dict[int, list[Delivery]] = {}
+    def receipts_of(self, rank: int) -> dict[int, list[ChunkRead]]:
+        """What a rank gets from each other rank, in the order in which that one sends; with its own delivery alone."""
+        found: dict[int, list[ChunkRead]] = {}
         mine = np.unique(self._use_chunk[self._part_rank[self._use_part] == rank])
         for row in mine[self.reader[mine] != rank].tolist():
-            delivery = next(d for d in self._deliveries(row) if d.rank == rank)
-            found.setdefault(int(self.reader[row]), []).append(delivery)
+            own = tuple(delivery for delivery in self._deliveries(row) if delivery.rank == rank)
+            found.setdefault(int(self.reader[row]), []).append(replace(self.read(row), deliveries=own))
         return found
 
     def read(self, row: int) -> ChunkRead:
