@@ -1,1 +1,99 @@
 """Checkpoints of parallel training jobs: saved by MPI ranks, published atomically, restored on any number of them."""
+
+from parckpt import sharding as _sharding  # noqa: F401  # gives Shard.stack its communication
+from parckpt.checkpointer import ModelCheckpoint
+from parckpt.comm.base import Communicator
+from parckpt.comm.launch import SELF
+from parckpt.core.clock import Clock
+from parckpt.core.config import CheckpointConfig
+from parckpt.core.leaves import Leaf, PerRank, Shard, Spec
+from parckpt.core.shards import flat_shards
+from parckpt.core.state import State
+from parckpt.engine.progress import Progress
+from parckpt.errors import (
+    CheckpointExistsError,
+    CheckpointGoneError,
+    CheckpointNotFoundError,
+    ChecksumError,
+    ConfigError,
+    ConfigTypeError,
+    ConfigWarning,
+    FormatError,
+    IntegrityError,
+    InternalError,
+    LayoutError,
+    LockedError,
+    NoSpaceError,
+    ParckptError,
+    ParckptWarning,
+    RankError,
+    SaveInProgressError,
+    StateMismatchError,
+    StateWarning,
+    StepMismatchError,
+    StorageError,
+    SyncError,
+    TimeoutExpiredError,
+    TruncatedError,
+    UnsupportedVersionError,
+)
+from parckpt.singlefile import (
+    Checkpoint,
+    CheckpointInfo,
+    inspect,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SELF",
+    "Checkpoint",
+    "CheckpointConfig",
+    "CheckpointExistsError",
+    "CheckpointGoneError",
+    "CheckpointInfo",
+    "CheckpointNotFoundError",
+    "ChecksumError",
+    "Clock",
+    "Communicator",
+    "ConfigError",
+    "ConfigTypeError",
+    "ConfigWarning",
+    "FormatError",
+    "IntegrityError",
+    "InternalError",
+    "LayoutError",
+    "Leaf",
+    "LockedError",
+    "ModelCheckpoint",
+    "NoSpaceError",
+    "ParckptError",
+    "ParckptWarning",
+    "PerRank",
+    "Progress",
+    "RankError",
+    "SaveInProgressError",
+    "Shard",
+    "Spec",
+    "State",
+    "StateMismatchError",
+    "StateWarning",
+    "StepMismatchError",
+    "StorageError",
+    "SyncError",
+    "TimeoutExpiredError",
+    "TruncatedError",
+    "UnsupportedVersionError",
+    "flat_shards",
+    "inspect",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "open_checkpoint",
+    "save_checkpoint",
+]

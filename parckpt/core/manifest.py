@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,6 +55,8 @@ class Facts:
         ``regular`` or ``breakpoint``.
     created : float
         Wall clock, seconds since the epoch.
+    nbytes, tensor_count : int
+        Of all data files, and how many tensors they hold; filled in by `assemble`.
     append, values, per_rank_values : mapping
         Encoded plain values (`core.values`); per-rank ones by name, then by rank as text.
     missing : list of str
@@ -89,6 +90,8 @@ class Facts:
     chunk_nbytes: int = CHUNK_NBYTES
     plan_hash: str = ""
     writer: str = ""
+    nbytes: int = 0
+    tensor_count: int = 0
     append: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
     per_rank_values: Mapping[str, Any] = field(default_factory=dict)
@@ -141,6 +144,8 @@ _FACT_TYPES: dict[str, Any] = {
     "chunk_nbytes": int,
     "plan_hash": _TEXT,
     "writer": _TEXT,
+    "nbytes": int,
+    "tensor_count": int,
     "append": dict,
     "values": dict,
     "per_rank_values": dict,
@@ -233,6 +238,12 @@ class Record:
 
     _STATIC = ("box_entry", "box_extents", "extent_start", "extent_byte_offset", "extent_nbytes")
 
+    def same_layout(self, other: Record) -> bool:
+        """Whether the static columns are equal: then only checksums and values need to travel."""
+        return (self.plan_hash, self.entry_names) == (other.plan_hash, other.entry_names) and all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in self._STATIC
+        )
+
     def encode(self, *, static: bool = True) -> bytes:
         """The record's bytes; without ``static``, only what changes while the plan does not (for the wire)."""
         names = ("token", "plan_hash", "rank", "path", "nbytes", "append", "values", "per_rank_values")
@@ -287,11 +298,6 @@ class Manifest:
             table, path, chunk_nbytes=facts.chunk_nbytes, integrated=facts.integrated
         )
         return cls(facts, contents)
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of all data files."""
-        return sum(file.nbytes for file in self.contents.files)
 
 
 @dataclass(frozen=True)
@@ -393,7 +399,8 @@ def assemble(plan: Plan, records: Sequence[Record], facts: Facts) -> Manifest:
         integrated=facts.integrated,
     )
     contents._check("manifest being assembled")
-    return Manifest(replace(facts, **_merged_values(records)), contents)
+    totals = {"nbytes": sum(record.nbytes for record in records), "tensor_count": len(plan.tensors)}
+    return Manifest(replace(facts, **_merged_values(records), **totals), contents)
 
 
 def _kept_boxes(plan: Plan, renumber: Column) -> BoxColumns:

@@ -29,6 +29,8 @@ __all__ = ["VERSION", "Column", "Table", "decode", "encode", "join_names", "peek
 VERSION = 1  # of the facts and columns; a reader refuses a higher one
 _DIGEST = "sha256"
 _FACTS_DIGEST = "facts_sha256"
+_KIND = "parckpt"
+_VERSION = "parckpt_version"
 _DIGEST_NBYTES = 32
 # A header names columns and facts only, never shards, so it stays small however large the job is; plain values of
 # the state are facts, and 256 MiB of those is a mistake.
@@ -196,7 +198,7 @@ def split_names(blob: Column, ends: Column, path: str) -> list[str]:
 
 
 def _metadata(table: Table) -> dict[str, str]:
-    facts = {"kind": table.kind, "version": VERSION, **table.facts}
+    facts = {_KIND: table.kind, _VERSION: VERSION, **table.facts}
     texts = {name: json.dumps(value, separators=(",", ":"), allow_nan=False) for name, value in facts.items()}
     return {**texts, _FACTS_DIGEST: json.dumps(_facts_digest(texts))}
 
@@ -254,7 +256,7 @@ def _table(header: dict[str, Any], columns: dict[str, Column], path: str) -> Tab
             facts[name] = json.loads(text)
         except (TypeError, ValueError, RecursionError) as error:
             raise FormatError(f"{path}: fact {name!r} is not JSON", path=path, field=name) from error
-    kind, version = facts.pop("kind", None), facts.pop("version", None)
+    kind, version = facts.pop(_KIND, None), facts.pop(_VERSION, None)
     facts.pop(_FACTS_DIGEST, None)
     if not isinstance(kind, str) or type(version) is not int:
         raise FormatError(f"{path}: no kind or version", path=path, field="version")

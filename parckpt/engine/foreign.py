@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from parckpt.formats.safetensors import content_crc, file_crc
 from parckpt.storage.direct import InputFile
 from parckpt.storage.filesystem import FileSystem, try_stat
 
-__all__ = ["format_of", "index_file", "open_foreign", "verify_crc", "without_checksums"]
+__all__ = ["format_of", "index_file", "load_all", "open_foreign", "verify_crc", "without_checksums"]
 
 # MindSpore's appended counters are facts of the run, not tensors of the model.
 _COUNTERS = ("epoch_num", "step_num")
@@ -247,3 +247,26 @@ def _crc(source: InputFile, item: IndexedEntry) -> int:
     for block in _blocks(source, item.extents):
         crc = crc32(block, crc)
     return crc
+
+
+def load_all(
+    fs: FileSystem, path: str, format_name: str | None, keep: Callable[[str], bool]
+) -> dict[str, Any]:
+    """Read a whole foreign file: arrays, strings, and maps as [keys, values, status]. A checksum it has is verified."""
+    index, _ = index_file(fs, path, format_name)
+    verify_crc(fs, path, index)
+    with InputFile(fs, path) as source:
+        return {item.name: _load(source, item) for item in index.entries if keep(item.name)}
+
+
+def _load(source: InputFile, item: IndexedEntry) -> Any:
+    if item.kind == "str":
+        return item.text
+    if item.kind == "map":
+        return [_load(source, part) for part in item.parts]
+    assert item.dtype is not None
+    array = np.empty(item.shape, item.dtype.numpy)
+    view = memoryview(array.reshape(-1).view(np.uint8))
+    for extent in item.extents:
+        source.read_into(view[extent.start : extent.start + extent.nbytes], extent.byte_offset)
+    return array

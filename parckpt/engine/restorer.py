@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from parckpt.core import values
+from parckpt.core import appended, values
 from parckpt.core.contents import Contents
 from parckpt.core.flat import FlatState
 from parckpt.core.layout import Box, whole
@@ -84,6 +84,11 @@ class _Choice:
     @property
     def path(self) -> str:
         return str(self.header["path"])
+
+    @property
+    def manifest_path(self) -> str | None:
+        found: str | None = self.header["manifest_path"]
+        return found
 
 
 class Restorer:
@@ -226,7 +231,7 @@ class Restorer:
                     raise
                 self._skip(found, error, request)
                 continue
-            return _packed({"fresh": False, "foreign": is_foreign, "path": found.path, "root": found.root}, manifest)
+            return _packed({"fresh": False, "foreign": is_foreign, "path": found.path, "root": found.root, "manifest_path": found.manifest_path or None}, manifest)
         if tried or self._skipped:
             raise self._nothing_usable()
         return _packed({"fresh": True}, None)
@@ -281,7 +286,9 @@ class Restorer:
         self._agreed(allocate)
         wants = self._exchange_wants(contents, filling[0].wants)
         plan = plan_reads(contents, wants)
-        outcome = restore_arrays(self.group, self.fs, choice.root, contents, plan, filling[0].ports)
+        outcome = restore_arrays(
+            self.group, self.fs, choice.root, contents, plan, filling[0].ports, manifest_path=choice.manifest_path
+        )
         if not request.atomic:
             self._touched |= set(outcome.touched)
         self.group.agree(outcome.error)
@@ -355,7 +362,7 @@ class Restorer:
             reason=facts.reason,
             consistent=facts.consistent,
             world_size=facts.world_size,
-            append_dict={name: values.decode(value) for name, value in facts.append.items()},
+            append_dict={name: appended.decode(value) for name, value in facts.append.items()},
             values={name: values.decode(value) for name, value in facts.values.items()},
             per_rank=per_rank_mapping(self.fs, choice.root, manifest),
             state=rebuilt,

@@ -106,9 +106,9 @@ class Saver:
         self.directory, self.form, self.modes, self.check = directory, form, modes, check
         self._writers = Writers(group, form, crc_check=crc_check)
         self._last: tuple[str, npt.NDArray[np.uint32]] | None = None
-        # The static part of every rank's record, known to root, and the plan under which it was sent.
+        # Every rank's last record, known to root, and this rank's: only what differs in layout is sent again.
         self._known: dict[int, Record] = {}
-        self._sent_for = ""
+        self._sent: Record | None = None
 
     def staging(self, ticket: Ticket) -> Staging:
         """The unpublished directory of a save."""
@@ -182,7 +182,9 @@ class Saver:
             or not np.array_equal(self._last[1], written.fingerprint)
         )
         self._last = (planned.hash, written.fingerprint.copy())
-        return _WIRE.pack(changed, seconds) + written.record.encode(static=self._sent_for != planned.hash)
+        known = self._sent is not None and self._sent.same_layout(written.record)
+        self._sent = written.record
+        return _WIRE.pack(changed, seconds) + written.record.encode(static=not known)
 
     def _publish(
         self, planned: Planned, ticket: Ticket, staging: Staging, messages: list[bytes], started: float
@@ -194,8 +196,11 @@ class Saver:
                 saved = self._publish_on_root(planned, ticket, staging, messages, started)
             except Exception as problem:  # the others wait for the outcome
                 error = problem
-        self.group.agree(error)
-        self._sent_for = planned.hash
+        try:
+            self.group.agree(error)
+        except ParckptError:
+            self._sent = None  # root may not have read it
+            raise
         data = self.group.bcast(None if saved is None else json.dumps(asdict(saved)).encode("utf-8"))
         return Saved(**json.loads(data))
 
@@ -221,4 +226,4 @@ class Saver:
         slowest = int(np.argmax(seconds))
         unchanged = not any(head[0] for head in heads)
         total = self.clock.monotonic() - started
-        return Saved(path, manifest.nbytes, total, slowest, seconds[slowest], unchanged)
+        return Saved(path, manifest.facts.nbytes, total, slowest, seconds[slowest], unchanged)

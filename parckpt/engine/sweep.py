@@ -128,11 +128,12 @@ def _records(fs: FileSystem, path: str, plan: Plan) -> list[Record]:
         record = Record.decode(_read(fs, record_path), record_path)
         own = os.path.join(naming.rank_directory(rank), f"{plan.facts.stem}.{naming.EXTENSIONS[plan.facts.format]}")
         stat = try_stat(fs, os.path.join(path, own))
+        named = os.path.basename(own) if plan.facts.integrated else own
         fits = (record.token, record.plan_hash, record.rank, record.path) == (
             plan.facts.token,
             plan.facts.plan_hash,
             rank,
-            own,
+            named,
         )
         if fits and stat is not None and stat.nbytes == record.nbytes:
             found.append(record)

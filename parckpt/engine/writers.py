@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from parckpt.core import values
+from parckpt.core import appended, dtypes
 from parckpt.core.layout import Box
 from parckpt.core.manifest import CHUNK_NBYTES, Facts, Record
 from parckpt.core.tensors import TensorRow
@@ -23,7 +24,7 @@ from parckpt.engine.local import LocalState
 from parckpt.engine.planning import Planned
 from parckpt.engine.staging import Staging
 from parckpt.engine.writing import GatherPlan, finish, stream_gathered, stream_local
-from parckpt.formats.base import Extent, Format
+from parckpt.formats.base import Entry, Extent, Format
 from parckpt.storage.direct import OutputFile, aligned_buffer
 
 __all__ = ["Job", "Writers", "Written"]
@@ -136,7 +137,8 @@ class Writers:
                 shared.setdefault(name, value)
             for name, value in all_own.items():
                 own.setdefault(name, {})[str(rank)] = value
-        record = self._record(job, gather.file, writer, path, shared, own)
+        # In the manifest the file has its published name, beside the manifest.
+        record = self._record(job, gather.file, writer, os.path.basename(path), shared, own)
         job.staging.record(0, record.encode())
         return Written(record, writer.content_crcs)
 
@@ -152,14 +154,14 @@ class Writers:
 
     def _plan(self, job: Job, boxes: list[tuple[TensorRow, Box]], crc: int | None) -> FilePlan:
         """Lay the file out; the last layout is kept while all that it depends on is the same."""
-        appended = [self.form.value_entry(name, value) for name, value in job.append.items()]
-        key = (job.planned.hash, crc, tuple(entry for entry, _ in appended))
+        extra = [_appended(self.form, name, value) for name, value in job.append.items()]
+        key = (job.planned.hash, crc, tuple(entry for entry, _ in extra))
         if self._last_plan is None or self._last_plan[0] != key:
             metadata = {"remove_redundancy": str(job.facts.remove_redundancy)}
             integrated = job.facts.integrated
-            plan = plan_file(self.form, boxes, appended, integrated=integrated, crc=crc, metadata=metadata)
+            plan = plan_file(self.form, boxes, extra, integrated=integrated, crc=crc, metadata=metadata)
             self._last_plan = (key, plan)
-        return replace(self._last_plan[1], contents=tuple(content for _, content in appended))
+        return replace(self._last_plan[1], contents=tuple(content for _, content in extra))
 
     def _open(self, job: Job, path: str, plan: FilePlan) -> OutputFile:
         staging = job.staging
@@ -191,7 +193,7 @@ class Writers:
             path=path,
             nbytes=plan.nbytes,
             chunk_crcs=writer.chunk_crcs,
-            append={name: values.encode(value) for name, value in job.append.items()},
+            append={name: appended.encode(value) for name, value in job.append.items()},
             values=shared,
             per_rank_values=own,
             **plan.record_columns(),
@@ -204,6 +206,14 @@ def _held(job: Job, rank: int) -> dict[tuple[int, Box], Source]:
         (tensor, box): job.local.source(job.planned.tensors[tensor].name, box)
         for tensor, box in job.planned.save.boxes_of(rank)
     }
+
+
+def _appended(form: Format, name: str, value: Any) -> tuple[Entry, bytes]:
+    """Entry and content of an appended value or array."""
+    if not isinstance(value, np.ndarray):
+        return form.value_entry(name, value)
+    dtype = dtypes.from_numpy(value.dtype)
+    return form.entry(name, dtype, value.shape), np.ascontiguousarray(value, dtype.numpy).tobytes()
 
 
 def _pack(local: LocalState) -> bytes:
