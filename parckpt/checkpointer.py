@@ -196,7 +196,8 @@ class ModelCheckpoint:
         shown = ", ".join(f"{one[name]!r} on rank {rank}" for one, rank in list(zip(given, ranks, strict=True))[:4])
         hint = ""
         if name == "directory" and all(
-            os.path.basename(given[which][name].rstrip("/")) == f"rank_{rank}" for rank, which in enumerate(index.tolist())
+            os.path.basename(given[which][name].rstrip("/")) == f"rank_{rank}"
+            for rank, which in enumerate(index.tolist())
         ):
             hint = "; drop rank_<n>: parckpt makes one directory for all ranks"
         raise ConfigError(f"{name} must be the same on all ranks: {shown}{hint}", parameter=name, ranks=ranks)
@@ -302,7 +303,8 @@ class ModelCheckpoint:
             prepared.error = error
         with deferred_interrupt():
             agreed = self._round(Call.RESTORE, self._step, prepared)
-            assert agreed.action is Action.RESTORE and selection is not None
+            assert agreed.action is Action.RESTORE
+            assert selection is not None
             request = Request(
                 selection,
                 step,
@@ -506,9 +508,7 @@ class ModelCheckpoint:
             except Exception as error:
                 prepared.error = error
             try:
-                agreed = self._round(
-                    Call.LEAVE, self._step, prepared, due=due, by_error=by_error or mishap is not None
-                )
+                agreed = self._round(Call.LEAVE, self._step, prepared, due=due, by_error=by_error or mishap is not None)
             except ParckptError as error:
                 if isinstance(error, TimeoutError):
                     raise
@@ -529,7 +529,7 @@ class ModelCheckpoint:
     def _next_step(self, state: State | None, step: int | None) -> None:
         if self._spoiled:
             raise StateMismatchError(
-                f"a failed restore has overwritten {', '.join(self._spoiled[:8])}: restore successfully before going on",
+                f"a failed restore has overwritten {', '.join(self._spoiled[:8])}: restore again before going on",
                 mismatched=self._spoiled,
             )
         if state is not None:
@@ -583,7 +583,8 @@ class ModelCheckpoint:
                 self._drop(prepared)
                 self._prepare_together(prepared, reason)
             local, ticket = prepared.local, prepared.ticket or self._ticket(self._lineage, reason)
-            assert local is not None and self._planned is not None
+            assert local is not None
+            assert self._planned is not None
             saved = self._saver.save(local, self._planned, ticket)
         except ParckptError as error:
             self._save_failed(error)
@@ -630,12 +631,11 @@ class ModelCheckpoint:
 
     def _begin_on_root(self, reason: str) -> Ticket:
         """Choose the name and the place in the lineage, and begin. Root only."""
-        assert self._keeper is not None and self._planned is not None
+        assert self._keeper is not None
+        assert self._planned is not None
         lineage = self._lineage
         if lineage.prefix is None:
-            lineage = replace(
-                lineage, prefix=self._keeper.numbered_prefix(), sequence=self._keeper.highest_sequence()
-            )
+            lineage = replace(lineage, prefix=self._keeper.numbered_prefix(), sequence=self._keeper.highest_sequence())
         ticket = self._ticket(lineage, reason)
         taken, ours = self._taken(ticket)
         if taken and not ours:
@@ -689,9 +689,7 @@ class ModelCheckpoint:
         before = self._last_saved_step
         self._failed_in_a_row = 0
         self._last_saved_step = facts.step
-        self._lineage = replace(
-            self._lineage, prefix=facts.prefix, sequence=facts.sequence, parent=facts.token
-        )
+        self._lineage = replace(self._lineage, prefix=facts.prefix, sequence=facts.sequence, parent=facts.token)
         self._history = History(facts.step, self._clock.monotonic())
         self.latest_ckpt_file_name = saved.path
         if not self._group.is_root:
@@ -729,9 +727,7 @@ class ModelCheckpoint:
         if not patient or isinstance(error, TimeoutError):
             raise error
         if self._group.is_root:
-            log.warning(
-                "save %d of %d in a row failed: %s", self._failed_in_a_row, self.config.max_failed_saves, error
-            )
+            log.warning("save %d of %d in a row failed: %s", self._failed_in_a_row, self.config.max_failed_saves, error)
 
     # -- restoring ------------------------------------------------------------------------------------------------
 
@@ -817,5 +813,3 @@ def _network_state(network: Any) -> State | None:
 def _ranks(ranks: Sequence[int]) -> str:
     shown = ", ".join(str(rank) for rank in ranks[:8])
     return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
-
-

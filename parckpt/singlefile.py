@@ -565,9 +565,8 @@ def inspect(path: str | os.PathLike[str], *, filesystem: FileSystem | None = Non
 def _info(found: Found) -> CheckpointInfo:
     facts = found.facts
     if facts is None:
-        problem = found.error.message if found.error is not None else "unreadable"
-        return CheckpointInfo(found.path, problem=problem)
-    problem = found.error.message if found.error is not None else None
+        return CheckpointInfo(found.path, problem=found.error.message if found.error is not None else "unreadable")
+    problem: str | None = found.error.message if found.error is not None else None
     if found.set_aside is not None:
         problem = f"set aside: {found.set_aside}"
     return CheckpointInfo(
@@ -686,7 +685,9 @@ def _bounding(shape: tuple[int, ...], index: Any) -> tuple[tuple[int, ...], tupl
         at = items.index(Ellipsis)
         items[at : at + 1] = [slice(None)] * (len(shape) - len(items) + 1)
     items += [slice(None)] * (len(shape) - len(items))
-    offsets, lengths, rest = [], [], []
+    offsets: list[int] = []
+    lengths: list[int] = []
+    rest: list[Any] = []
     for item, length in zip(items, shape, strict=True):
         if isinstance(item, slice):
             start, stop, step = item.indices(length)
@@ -705,5 +706,3 @@ def _bounding(shape: tuple[int, ...], index: Any) -> tuple[tuple[int, ...], tupl
         else:
             raise TypeError(f"only integers, slices and ... can index a stored array, not {item!r}")
     return tuple(offsets), tuple(lengths), tuple(rest)
-
-

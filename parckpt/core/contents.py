@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from parckpt.core import dtypes
 from parckpt.core.layout import Box
-from parckpt.core.tensors import TensorRow
 from parckpt.core.tablefile import Column, Table, join_names, split_names
+from parckpt.core.tensors import TensorRow
 from parckpt.errors import FormatError
 
 __all__ = ["BoxColumns", "Contents", "Extent", "StoredBox", "StoredFile", "box_columns", "chunk_count"]
@@ -154,7 +154,7 @@ class Contents:
         )
 
     def geometry(self, tensor: int) -> tuple[Column, Column, Column]:
-        """Row numbers of a tensor's stored boxes, ascending, with their offsets and shapes: int64 (n,), (n, ndim) x 2."""
+        """Rows of a tensor's stored boxes, ascending, with their offsets and shapes: int64 (n,), (n, ndim) twice."""
         order, starts = self._by_tensor
         rows = order[int(starts[tensor]) : int(starts[tensor + 1])]
         ndim = len(self.tensors[tensor].global_shape)
@@ -247,9 +247,7 @@ class Contents:
         wanted = self.box_nbytes()
         expected_start = np.concatenate([np.zeros(1, "<u8"), np.cumsum(self.extent_nbytes)])[:-1]
         if len(firsts):
-            expected_start = expected_start - np.repeat(
-                expected_start[firsts], self.box_extents[self.box_extents > 0]
-            )
+            expected_start = expected_start - np.repeat(expected_start[firsts], self.box_extents[self.box_extents > 0])
         sound = (
             bool(np.all(inside))
             and bool(np.all(expected_start == self.extent_start))
@@ -262,8 +260,8 @@ class Contents:
     def box_nbytes(self) -> npt.NDArray[np.uint64]:
         """Bytes of each box."""
         ndims = np.array([len(t.global_shape) for t in self.tensors], "<i8")[self.boxes.tensor]
-        itemsize = np.array([t.dtype.itemsize for t in self.tensors], "<u8")[self.boxes.tensor]
-        nbytes = itemsize.copy()
+        itemsize: npt.NDArray[np.uint64] = np.array([t.dtype.itemsize for t in self.tensors], "<u8")[self.boxes.tensor]
+        nbytes: npt.NDArray[np.uint64] = itemsize.copy()
         for ndim in np.unique(ndims).tolist():
             rows = np.flatnonzero(ndims == ndim)
             places = self._dims_at[:-1][rows, None] + ndim + np.arange(ndim)
@@ -296,7 +294,9 @@ def parse_tensors(columns: dict[str, Column], names: Sequence[str], path: str) -
         try:
             dtype = dtypes.by_code(code)
         except KeyError:
-            raise FormatError(f"{path}: tensor {name!r} has dtype code {code}", path=path, field="tensor_dtype") from None
+            raise FormatError(
+                f"{path}: tensor {name!r} has dtype code {code}", path=path, field="tensor_dtype"
+            ) from None
         tensors.append(TensorRow(name, dtype, tuple(dims[position : position + ndim]), rank))
         position += ndim
         if tensors[-1].nbytes >= 1 << 63:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zlib_ng import zlib_ng
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
+    from numpy.typing import NDArray
 
 __all__ = ["combine", "crc32", "crc32_zeros"]
 
@@ -16,7 +17,7 @@ _ONES = 0xFFFFFFFF
 _MAX_COMBINE_NBYTES = 2**63 - 1
 
 
-def crc32(data: ReadableBuffer, value: int = 0) -> int:
+def crc32(data: ReadableBuffer | NDArray[Any], value: int = 0) -> int:
     """CRC-32 of `data`, or of earlier bytes with CRC `value` followed by `data`.
 
     `data` is any C-contiguous buffer; it is not kept. The GIL is released for long buffers.

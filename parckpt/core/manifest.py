@@ -22,8 +22,8 @@ from parckpt.core.contents import (
     parse_tensors,
     tensor_columns,
 )
-from parckpt.core.tensors import TensorRow
 from parckpt.core.tablefile import Column, Table, decode, encode, join_names, split_names
+from parckpt.core.tensors import TensorRow
 from parckpt.errors import FormatError, IntegrityError
 
 __all__ = ["CHUNK_NBYTES", "Coverage", "Facts", "Manifest", "Plan", "Record", "assemble", "coverage"]
@@ -275,7 +275,8 @@ class Record:
         kinds = dict(zip(cls._STATIC, ("<u4", "<u4", "<u8", "<u8", "<u8"), strict=True))
         static = {name: table.column(name, kind, path) for name, kind in kinds.items()}
         names = split_names(table.column("name_bytes", "u1", path), table.column("name_ends", "<u8", path), path)
-        return cls(**facts, **static, chunk_crcs=crcs, entry_names=tuple(names))
+        columns: dict[str, Any] = {**facts, **static}
+        return cls(**columns, chunk_crcs=crcs, entry_names=tuple(names))
 
 
 @dataclass(frozen=True)
@@ -294,9 +295,7 @@ class Manifest:
         """Parse and check a manifest file; every index and length in it is bounded afterwards."""
         table = decode(data, path, "manifest")
         facts = Facts.from_table(table, path)
-        contents = Contents.from_table(
-            table, path, chunk_nbytes=facts.chunk_nbytes, integrated=facts.integrated
-        )
+        contents = Contents.from_table(table, path, chunk_nbytes=facts.chunk_nbytes, integrated=facts.integrated)
         return cls(facts, contents)
 
 
@@ -399,7 +398,7 @@ def assemble(plan: Plan, records: Sequence[Record], facts: Facts) -> Manifest:
         integrated=facts.integrated,
     )
     contents._check("manifest being assembled")
-    totals = {"nbytes": sum(record.nbytes for record in records), "tensor_count": len(plan.tensors)}
+    totals: dict[str, Any] = {"nbytes": sum(record.nbytes for record in records), "tensor_count": len(plan.tensors)}
     return Manifest(replace(facts, **_merged_values(records), **totals), contents)
 
 

@@ -134,27 +134,27 @@ def epoch_and_step(step: int, steps_per_epoch: int | None) -> tuple[int, int]:
     return epoch + 1, inner + 1
 
 
-def manifest_name(stem: Stem, token: str) -> str:
+def manifest_name(stem: Stem | str, token: str) -> str:
     """Manifest beside an integrated file."""
     return f"{stem}.{token}.manifest"
 
 
-def staging_name(stem: Stem, token: str) -> str:
+def staging_name(stem: Stem | str, token: str) -> str:
     """Directory of a save in progress."""
     return f".{stem}.staging-{token}"
 
 
-def trash_name(stem: Stem, token: str) -> str:
+def trash_name(stem: Stem | str, token: str) -> str:
     """What is being deleted."""
     return f".{stem}.trash-{token}"
 
 
-def replaced_name(stem: Stem, token: str) -> str:
+def replaced_name(stem: Stem | str, token: str) -> str:
     """The old directory while the new one, with `token`, takes its name: valid, and looked for by restore."""
     return f".{stem}.replaced-{token}"
 
 
-def bad_name(stem: Stem, token: str) -> str:
+def bad_name(stem: Stem | str, token: str) -> str:
     """The mark of a checkpoint that was set aside."""
     return f".{stem}.bad-{token}"
 

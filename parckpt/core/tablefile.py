@@ -95,7 +95,9 @@ def encode(table: Table) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode("ascii")
     text += b" " * (-len(text) % 8)
     parts: list[Any] = [len(text).to_bytes(8, "little"), text]
-    parts += [np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes() for values in table.columns.values()]
+    parts += [
+        np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes() for values in table.columns.values()
+    ]
     body = b"".join(parts)
     return body + hashlib.sha256(body).digest()
 

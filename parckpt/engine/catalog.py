@@ -220,7 +220,8 @@ def _fitting(fs: FileSystem, path: str, candidates: list[tuple[str, Manifest]]) 
     left = [c for c in candidates if len(c[1].contents.files) == 1 and c[1].contents.files[0].nbytes == stat.nbytes]
     while len(left) > 1:
         first, second = left[0][1].contents.files[0], left[1][1].contents.files[0]
-        assert first.chunk_crcs is not None and second.chunk_crcs is not None
+        assert first.chunk_crcs is not None
+        assert second.chunk_crcs is not None
         differing = (first.chunk_crcs != second.chunk_crcs).nonzero()[0]
         if len(differing) == 0:
             left.remove(min(left[:2], key=lambda c: c[1].facts.generation))
@@ -272,9 +273,7 @@ def _with_mark(fs: FileSystem, directory: str, found: Found, names: Iterable[str
     if mark not in names:
         return found
     reason = read_file(fs, os.path.join(directory, mark), 1 << 20).decode("utf-8", "replace")
-    return Found(
-        found.path, found.manifest_path, found.root, found.stem, found.facts, found.error, reason or "damaged"
-    )
+    return Found(found.path, found.manifest_path, found.root, found.stem, found.facts, found.error, reason or "damaged")
 
 
 def _belongs(found: Found, family: str | None) -> bool:
@@ -293,4 +292,3 @@ def _age(found: Found) -> tuple[int, int, int, int]:
     stem = naming.parse_stem(found.stem)
     order = (stem.epoch, stem.step_in_epoch) if stem else (0, 0)
     return (0 if found.facts is None else 1, found.facts.sequence if found.facts else 0, *order)
-

@@ -79,7 +79,9 @@ class ChunkWriter:
         self._array: Bytes = np.zeros(0, np.uint8)
         self._filled = 0
         self._submitted = 0
-        self._threads = [threading.Thread(target=self._work, name="parckpt-write", daemon=True) for _ in range(NTHREADS)]
+        self._threads = [
+            threading.Thread(target=self._work, name="parckpt-write", daemon=True) for _ in range(NTHREADS)
+        ]
         for thread in self._threads:
             thread.start()
 

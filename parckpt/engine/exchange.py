@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,7 +110,12 @@ def restore_arrays(
     reads = plan.reads_of(group.rank)
     tasks = [ChunkTask.of(contents, read.file, read.chunk) for read in reads]
     sink = Sink(contents, plan.wants[group.rank], ports, on_filled)
-    with ChunkReader(fs, root_path, contents, tasks, manifest_path=manifest_path) as reader:
+    with ExitStack() as stack:
+        reader: ChunkReader | Exception
+        try:
+            reader = stack.enter_context(ChunkReader(fs, root_path, contents, tasks, manifest_path=manifest_path))
+        except Exception as error:  # no memory, no thread: the others must hear of it
+            reader = error
         return _Exchange(group, contents, plan, sink, reads, reader).run()
 
 
@@ -117,9 +123,16 @@ class _Exchange:
     """One rank's part, as a loop of small steps of which none waits."""
 
     def __init__(
-        self, group: Group, contents: Contents, plan: ReadPlan, sink: Sink, reads: list[ChunkRead], reader: ChunkReader
+        self,
+        group: Group,
+        contents: Contents,
+        plan: ReadPlan,
+        sink: Sink,
+        reads: list[ChunkRead],
+        reader: ChunkReader | Exception,
     ) -> None:
-        self._group, self._contents, self._sink, self._reader = group, contents, sink, reader
+        self._group, self._contents, self._sink = group, contents, sink
+        self._reader = reader if isinstance(reader, ChunkReader) else None
         self._reads = deque(reads)
         receipts = plan.receipts_of(group.rank)
         sizes = {rank: [STATUS_NBYTES + read.deliveries[0].nbytes for read in row] for rank, row in receipts.items()}
@@ -133,6 +146,8 @@ class _Exchange:
         self._failed_peers: set[int] = set()
         self._stopped = False
         self._chunks_read = self._nbytes_read = 0
+        if isinstance(reader, Exception):
+            self._fail(reader)
 
     def run(self) -> Outcome:
         clock = self._group.waiter.clock
@@ -171,7 +186,7 @@ class _Exchange:
         return self._advance() or moved
 
     def _idle(self, pause: float) -> None:
-        if self._reads and self._current is None and not self._stopped:
+        if self._reader is not None and self._reads and self._current is None and not self._stopped:
             self._reader.ready(pause)  # wakes up as soon as the disk has answered
         else:
             self._group.waiter.sleep(pause)
@@ -185,7 +200,7 @@ class _Exchange:
             if not self._stopped:
                 self._guard(lambda: self._sink.store(delivery, self._window(read), message[STATUS_NBYTES:]))
         elif status in (DAMAGED, FAILED, STOPPED):
-            self._stopped = True
+            self._stop()
             if status != STOPPED:
                 self._failed_peers.add(source)
         else:
@@ -200,7 +215,7 @@ class _Exchange:
             self._send(self._pending.popleft())
             moved = True
         if not self._pending:
-            if self._result is not None:
+            if self._result is not None and self._reader is not None:
                 self._reader.release(self._result)
             self._current = self._result = self._packed = None
             moved = True
@@ -210,6 +225,7 @@ class _Exchange:
         if not self._reads:
             return False
         if not self._stopped:
+            assert self._reader is not None
             self._result = self._reader.poll()
             if self._result is None:
                 return False
@@ -284,7 +300,13 @@ class _Exchange:
 
     def _fail(self, error: Exception) -> None:
         self._error = self._error or error
+        self._stop()
+
+    def _stop(self) -> None:
+        """Read and store no more; the messages go on."""
         self._stopped = True
+        if self._reader is not None:
+            self._reader.close(wait=False)
 
     def _expired(self) -> TimeoutExpiredError:
         what = "restoring"

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from parckpt.core.layout import Box
-from parckpt.core.tensors import TensorRow
 from parckpt.core.tablefile import Column
+from parckpt.core.tensors import TensorRow
 from parckpt.errors import ConfigError
 from parckpt.formats.base import Entry, Extent, FileLayout, Format
 
@@ -107,7 +107,12 @@ def plan_file(
     _check_unique(entries)
     layout = form.layout(entries, metadata=metadata or {}, crc=crc)
     return FilePlan(
-        layout, tuple(entries), tuple(content for _, content in append), len(boxes), np.array(index, "<u4"), tuple(extra)
+        layout,
+        tuple(entries),
+        tuple(content for _, content in append),
+        len(boxes),
+        np.array(index, "<u4"),
+        tuple(extra),
     )
 
 

@@ -51,7 +51,9 @@ class Filling:
             self.wants.append(wanted)
         self.ports.setdefault(wanted, []).append(Port(array, dtype))
 
-    def finish(self, flat: FlatState, matched: Matched, per_rank: Mapping[str, Mapping[str, Any]], rank: int, size: int) -> Any:
+    def finish(
+        self, flat: FlatState, matched: Matched, per_rank: Mapping[str, Mapping[str, Any]], rank: int, size: int
+    ) -> Any:
         """Convert, hand out and write back once every byte has come. Returns the rebuilt state.
 
         Calls user code (``write_from``, ``on_resize``); its errors are the caller's to agree on.
@@ -151,8 +153,6 @@ def _hand_over(write_from: Callable[[Array], object], array: Array, dtype: np.dt
 
 
 def _read_only(array: Array) -> Array:
-    view = array.view()
+    view: Array = array.view()
     view.flags.writeable = False
     return view
-
-

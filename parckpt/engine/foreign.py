@@ -1,4 +1,4 @@
-"""Files without a manifest: MindSpore's, or anybody's. Indexed from their headers, checked as far as the format allows."""
+"""Files without a manifest: MindSpore's, or anybody's. Indexed from headers, checked as far as the format allows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def open_foreign(fs: FileSystem, path: str) -> Manifest:
     stat = try_stat(fs, path)
     if stat is None:
         raise CheckpointNotFoundError(f"there is no checkpoint at {path}", path=path)
-    root, names = (path, _rank_files(fs, path)) if stat.is_dir else (os.path.dirname(path) or ".", [os.path.basename(path)])
+    root, names = (
+        (path, _rank_files(fs, path)) if stat.is_dir else (os.path.dirname(path) or ".", [os.path.basename(path)])
+    )
     files = []
     for name in names:
         index, nbytes = index_file(fs, os.path.join(root, name))
@@ -136,7 +138,9 @@ def _rank_files(fs: FileSystem, path: str) -> list[str]:
     ]
     common = set.intersection(*listed)
     if not common:
-        raise FormatError(f"{path}: no file name is in all of its {len(ranks)} rank directories", path=path, field="rank")
+        raise FormatError(
+            f"{path}: no file name is in all of its {len(ranks)} rank directories", path=path, field="rank"
+        )
     latest = max(common, key=_order)
     return [f"rank_{rank}/{latest}" for rank in ranks]
 
@@ -170,9 +174,7 @@ def _manifest(fs: FileSystem, root: str, path: str, files: Sequence[_Indexed]) -
     flat = [extent for run in extents for extent in run]
     contents = Contents(
         tensors=tuple(rows),
-        files=tuple(
-            StoredFile(f.path, f.nbytes, np.zeros(chunk_count(f.nbytes, CHUNK_NBYTES), "<u4")) for f in files
-        ),
+        files=tuple(StoredFile(f.path, f.nbytes, np.zeros(chunk_count(f.nbytes, CHUNK_NBYTES), "<u4")) for f in files),
         boxes=box_columns(boxes),
         box_entry=np.zeros(len(boxes), "<u4"),
         entry_names=(),
@@ -249,9 +251,7 @@ def _crc(source: InputFile, item: IndexedEntry) -> int:
     return crc
 
 
-def load_all(
-    fs: FileSystem, path: str, format_name: str | None, keep: Callable[[str], bool]
-) -> dict[str, Any]:
+def load_all(fs: FileSystem, path: str, format_name: str | None, keep: Callable[[str], bool]) -> dict[str, Any]:
     """Read a whole foreign file: arrays, strings, and maps as [keys, values, status]. A checksum it has is verified."""
     index, _ = index_file(fs, path, format_name)
     verify_crc(fs, path, index)
@@ -266,7 +266,7 @@ def _load(source: InputFile, item: IndexedEntry) -> Any:
         return [_load(source, part) for part in item.parts]
     assert item.dtype is not None
     array = np.empty(item.shape, item.dtype.numpy)
-    view = memoryview(array.reshape(-1).view(np.uint8))
+    view = memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # an array is a buffer
     for extent in item.extents:
         source.read_into(view[extent.start : extent.start + extent.nbytes], extent.byte_offset)
     return array

@@ -190,7 +190,7 @@ class Keeper:
     # -- retention ------------------------------------------------------------------------------------------------
 
     def retain(self, run_id: str, prefix: str) -> None:
-        """Delete what the policy does not keep, of this run and prefix only. Errors are logged: nothing depends on it."""
+        """Delete what the policy does not keep, of this run and prefix only. Errors are only logged."""
         try:
             published = {
                 one.path: one
@@ -216,13 +216,15 @@ class Keeper:
         )
 
     def _delete(self, found: Found) -> None:
-        """Rename to a trash name, durably, and remove the content in the background; of a file, data before manifest."""
+        """Rename to a trash name, durably, and remove in the background; of a file, data before manifest."""
         assert found.facts is not None
         trash = os.path.join(self.directory, naming.trash_name(found.stem, found.facts.token))
         self.fs.rename(found.path, trash)
         self.fs.sync_directory(self.directory)
         self._cleaning = [future for future in self._cleaning if not future.done()]
-        self._cleaning.append(self._cleaner.submit(self._clean, trash, None if found.is_directory else found.manifest_path))
+        self._cleaning.append(
+            self._cleaner.submit(self._clean, trash, None if found.is_directory else found.manifest_path)
+        )
 
     def _clean(self, trash: str, manifest: str | None) -> None:
         try:

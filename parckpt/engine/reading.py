@@ -27,7 +27,14 @@ from parckpt.core.readplan import Segment, Want, plan_reads
 from parckpt.core.transfer import Port
 from parckpt.engine.inputs import Inputs
 from parckpt.engine.targets import Target
-from parckpt.errors import CheckpointGoneError, ChecksumError, IntegrityError, StorageError, TruncatedError
+from parckpt.errors import (
+    CheckpointGoneError,
+    ChecksumError,
+    IntegrityError,
+    StorageError,
+    TimeoutExpiredError,
+    TruncatedError,
+)
 from parckpt.storage.direct import InputFile, aligned_buffer
 from parckpt.storage.filesystem import FileStat, FileSystem, try_stat
 
@@ -123,8 +130,8 @@ class ChunkReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error, a thread may hang in a read that never returns: then nobody waits for it.
-        self.close(wait=error is None)
+        # A disk that does not answer in time may never do, and nobody waits for it after an interrupt.
+        self.close(wait=error is None or (isinstance(error, Exception) and not isinstance(error, TimeoutExpiredError)))
 
     def poll(self, timeout_s: float = 0.0) -> ChunkResult | None:
         """The next result, or None if it does not come within the time. Call once for each task at most."""

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ log = logging.getLogger("parckpt")
 class Request:
     """What `restore` was asked for."""
 
-    selection: Selection = Selection()
+    selection: Selection = field(default_factory=Selection)
     step: int | None = None
     path: str | None = None
     fallback: bool = True
@@ -187,7 +187,9 @@ class Restorer:
         if found.set_aside is not None:
             self._skipped.append((found.path, f"set aside: {found.set_aside}"))
         elif facts is not None and not facts.consistent and not request.allow_inconsistent:
-            self._skipped.append((found.path, "not known to be one step of all ranks (allow_inconsistent=True takes it)"))
+            self._skipped.append(
+                (found.path, "not known to be one step of all ranks (allow_inconsistent=True takes it)")
+            )
         elif facts is not None and request.min_step is not None and facts.step < request.min_step:
             self._skipped.append((found.path, f"step {facts.step} is before min_step={request.min_step}"))
         else:
@@ -231,7 +233,16 @@ class Restorer:
                     raise
                 self._skip(found, error, request)
                 continue
-            return _packed({"fresh": False, "foreign": is_foreign, "path": found.path, "root": found.root, "manifest_path": found.manifest_path or None}, manifest)
+            return _packed(
+                {
+                    "fresh": False,
+                    "foreign": is_foreign,
+                    "path": found.path,
+                    "root": found.root,
+                    "manifest_path": found.manifest_path or None,
+                },
+                manifest,
+            )
         if tried or self._skipped:
             raise self._nothing_usable()
         return _packed({"fresh": True}, None)
@@ -293,9 +304,7 @@ class Restorer:
             self._touched |= set(outcome.touched)
         self.group.agree(outcome.error)
         rebuilt = self._agreed(
-            lambda: filling[0].finish(
-                state[0], matched[0], facts.per_rank_values, self.group.rank, self.group.size
-            )
+            lambda: filling[0].finish(state[0], matched[0], facts.per_rank_values, self.group.rank, self.group.size)
         )
         self._share_skipped()
         return Restored(self._progress(choice, manifest, matched[0], rebuilt), facts, bool(choice.header["foreign"]))
@@ -421,5 +430,3 @@ def _parse_wants(contents: Contents, numbers: list[int]) -> list[Want]:
         wants.append(Want(tensor, Box(tuple(dims[:ndim]), tuple(dims[ndim:]))))
         position += 1 + 2 * ndim
     return wants
-
-

@@ -52,7 +52,7 @@ class Staging:
     @property
     def path(self) -> str:
         """The hidden directory."""
-        return os.path.join(self.directory, f".{self.stem}.staging-{self.token}")
+        return os.path.join(self.directory, naming.staging_name(self.stem, self.token))
 
     @property
     def final_directory(self) -> str:
@@ -67,7 +67,7 @@ class Staging:
     @property
     def final_manifest(self) -> str:
         """Where a single file's manifest is published."""
-        return os.path.join(self.directory, f"{self.stem}.{self.token}.manifest")
+        return os.path.join(self.directory, naming.manifest_name(self.stem, self.token))
 
     def data_path(self, rank: int) -> str:
         """Path of a rank's data file, relative to the checkpoint."""
@@ -101,7 +101,7 @@ class Staging:
         write_file(self.fs, os.path.join(self.path, naming.MANIFEST), manifest, self.modes.file)
         self.fs.sync_directory(self.path)
         if replace and try_stat(self.fs, self.final_directory) is not None:
-            reserved = os.path.join(self.directory, f".{self.stem}.replaced-{self.token}")
+            reserved = os.path.join(self.directory, naming.replaced_name(self.stem, self.token))
             swap(self.fs, self.path, self.final_directory, reserved)
             discard(self.fs, reserved, self.stem, self.token)
         else:
@@ -179,7 +179,7 @@ class Staging:
 def discard(fs: FileSystem, path: str, stem: str, token: str) -> None:
     """Delete a file or directory that nothing refers to any more: first the name, durably, then the content."""
     directory = os.path.dirname(path)
-    trash = os.path.join(directory, f".{stem}.trash-{token}")
+    trash = os.path.join(directory, naming.trash_name(stem, token))
     if path != trash:
         if try_stat(fs, trash) is not None:
             remove_tree(fs, trash)

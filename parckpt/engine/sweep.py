@@ -154,8 +154,10 @@ def _replaces(fs: FileSystem, path: str, facts: Facts) -> bool:
     if try_stat(fs, path) is None:
         return False
     found = find_at(fs, path)
-    return found is not None and found.facts is not None and (
-        (found.facts.run_id, found.facts.step) == (facts.run_id, facts.step)
+    return (
+        found is not None
+        and found.facts is not None
+        and ((found.facts.run_id, found.facts.step) == (facts.run_id, facts.step))
     )
 
 

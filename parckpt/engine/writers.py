@@ -142,9 +142,7 @@ class Writers:
         job.staging.record(0, record.encode())
         return Written(record, writer.content_crcs)
 
-    def _gathered_crc(
-        self, gather: GatherPlan, held: Mapping[tuple[int, Box], Source]
-    ) -> tuple[int, Exception | None]:
+    def _gathered_crc(self, gather: GatherPlan, held: Mapping[tuple[int, Box], Source]) -> tuple[int, Exception | None]:
         """Checksum on root, known to all: the length of the header depends on its digits."""
         sink = GatheredCrc(gather.file) if self.group.is_root else None
         error = stream_gathered(self.group, gather, held, sink)
