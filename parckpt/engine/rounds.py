@@ -1,0 +1,73 @@
+"""The agreement of all ranks as a call: what one rank says goes in, what all do comes out, or one error on all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from parckpt.core.round import Action, Agreement, Call, Voice, merge, pack
+from parckpt.engine.group import Group
+from parckpt.errors import RankError, StepMismatchError
+
+__all__ = ["meet", "raise_mismatch"]
+
+_NAMES = {
+    Call.STEP: "step_end",
+    Call.POLL: "poll",
+    Call.SAVE: "save_now",
+    Call.WAIT: "wait",
+    Call.RESTORE: "restore",
+    Call.LEAVE: "leaving",
+}
+
+
+def meet(group: Group, voice: Voice, error: Exception | None) -> Agreement:
+    """Agree with the other ranks, whatever call they are in. Collective.
+
+    Parameters
+    ----------
+    error : Exception or None
+        Why this rank cannot do its part (``voice.failed``).
+
+    Raises
+    ------
+    ParckptError
+        The same on all ranks: a rank failed before the round.
+    StepMismatchError
+        The same on all ranks: their calls or steps do not go together.
+    RankError
+        The same on all ranks: the program of one of them raised, and it is leaving.
+    """
+    agreed = merge(group.reduce_max(pack(voice)))
+    if agreed.action is Action.FAIL:
+        group.agree(error)
+    elif agreed.action is Action.MISMATCH:
+        raise_mismatch(group, voice.call, voice.step)
+    elif agreed.action is Action.PEER_LEFT:
+        _raise_peer_left(group, voice.left_by_error)
+    return agreed
+
+
+def raise_mismatch(group: Group, call: Call, step: int) -> None:
+    """Tell on all ranks which rank is where. Collective; always raises."""
+    said = [json.loads(data) for data in group.allgather(json.dumps([int(call), step]).encode("ascii"))]
+    places: dict[str, list[int]] = {}
+    for rank, (number, at) in enumerate(said):
+        places.setdefault(f"{_NAMES[Call(number)]} at step {at}", []).append(rank)
+    shown = "; ".join(f"{what}: {_ranks(ranks)}" for what, ranks in places.items())
+    raise StepMismatchError(
+        f"the ranks are not at the same place, nothing was saved or restored: {shown}",
+        places={what: ranks[:64] for what, ranks in places.items()},
+    )
+
+
+def _raise_peer_left(group: Group, by_error: bool) -> None:
+    reports = group.allgather(b"1" if by_error else b"0")
+    left = [rank for rank, report in enumerate(reports) if report == b"1"]
+    raise RankError(f"{_ranks(left)} left because of an exception; see its traceback", rank=left[0], type="left")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:8])
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'s' * (len(ranks) > 1)} {shown}{more}"

@@ -1,0 +1,332 @@
+"""One run in its directory: the plan that is kept, the next name, saving together, taking over what was restored."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from parckpt.core.clock import Clock
+from parckpt.core.config import CheckpointConfig
+from parckpt.core.manifest import Facts
+from parckpt.core.round import Agreement
+from parckpt.engine.group import Group
+from parckpt.engine.keeper import Keeper, make_directory
+from parckpt.engine.lineage import Lineage, Moment, make_ticket
+from parckpt.engine.local import LocalState
+from parckpt.engine.planning import Planned, check_replicas, make_plan, node_numbers
+from parckpt.engine.restorer import Restorer
+from parckpt.engine.saver import Saved, Saver, Ticket
+from parckpt.engine.staging import Modes
+from parckpt.errors import ConfigError, ConfigWarning, StateWarning, StorageError
+from parckpt.formats.registry import FORMATS
+from parckpt.storage.filesystem import FileSystem
+from parckpt.storage.identity import identify
+
+__all__ = ["Prepared", "Run"]
+
+log = logging.getLogger("parckpt")
+
+
+@dataclass
+class Prepared:
+    """What a rank has ready before a round.
+
+    Attributes
+    ----------
+    local : LocalState or None
+        The described state, if it was looked at.
+    ticket : Ticket or None
+        On root: a save that was begun on the guess that all agree.
+    changed : bool
+        The plan or the name does not hold any more.
+    error : Exception or None
+        What the preparation failed with.
+    """
+
+    local: LocalState | None = None
+    ticket: Ticket | None = None
+    changed: bool = False
+    error: Exception | None = None
+
+
+class Run:
+    """A run's place in a directory. Made collectively, with arguments that are equal on all ranks.
+
+    Attributes
+    ----------
+    planned : Planned or None
+        The plan that holds while no rank's description changes.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        fs: FileSystem,
+        clock: Clock,
+        config: CheckpointConfig,
+        *,
+        family: str,
+        directory: str,
+        steps_per_epoch: int | None,
+    ) -> None:
+        self.group, self.fs, self.clock, self.config = group, fs, clock, config
+        self.directory, self.steps_per_epoch = directory, steps_per_epoch
+        self.planned: Planned | None = None
+        self._keeper: Keeper | None = None
+        self._warned: set[str] = set()
+        self._saved_step: int | None = None
+        ids = group.bcast(secrets.token_bytes(32) if group.is_root else None)
+        self._lineage = Lineage(ids[:16].hex(), ids[16:].hex(), family)
+        modes = Modes(config.file_mode, config.dir_mode)
+        self._on_root(lambda: self._take_directory(modes))
+        self._nodes = node_numbers(group)
+        self._saver = Saver(
+            group,
+            fs,
+            clock,
+            directory,
+            FORMATS[config.format],
+            crc_check=config.crc_check,
+            modes=modes,
+            check=lambda: self.keeper.check(),
+        )
+        if group.is_root:
+            for message in config.warnings:
+                self._warn(message, ConfigWarning)
+
+    @property
+    def keeper(self) -> Keeper:
+        """Root's hold on the directory."""
+        assert self._keeper is not None
+        return self._keeper
+
+    def _take_directory(self, modes: Modes) -> None:
+        make_directory(self.fs, self.directory, modes.directory)
+        self._keeper = Keeper(
+            self.fs,
+            self.directory,
+            self._lineage.family,
+            identify(os.environ, self._lineage.attempt),
+            self.clock,
+            stale_s=self.config.lock_stale_s,
+            modes=modes,
+            retention=self.config.retention_policy,
+        )
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, prepared: Prepared, describe: Callable[[], LocalState], step: int, reason: str) -> None:
+        """Do before the round what can be done without the others: then the round is all that precedes the writing.
+
+        Not collective. Root begins the save on the guess that all will agree; `drop` takes that back.
+        """
+        prepared.local = describe()
+        prepared.changed = self.planned is None or self.planned.digest != prepared.local.digest
+        if prepared.changed or self._lineage.prefix is None or not self.group.is_root:
+            return
+        assert self.planned is not None
+        ticket = self._ticket(self._lineage, step, reason)
+        taken, ours = self._taken(ticket)
+        if taken and not ours:
+            prepared.changed = True  # the name must be changed, which all ranks have to know
+            return
+        prepared.ticket = replace(ticket, replace=ours)
+        try:
+            self._saver.begin(self.planned, prepared.ticket)
+        except Exception as error:
+            self._reject(prepared, error)
+            raise
+
+    def drop(self, prepared: Prepared) -> None:
+        """Root: a save that was begun on a guess does not happen. Not collective."""
+        if prepared.ticket is not None and self.group.is_root:
+            self._reject(prepared, ConfigError("the ranks did not agree to save"))
+        prepared.ticket = None
+
+    def _reject(self, prepared: Prepared, error: Exception) -> None:
+        assert prepared.ticket is not None
+        self._saver.reject(self._saver.staging(prepared.ticket), error)
+        prepared.ticket = None
+
+    def save(
+        self, prepared: Prepared, agreed: Agreement, describe: Callable[[], LocalState], step: int, reason: str
+    ) -> Saved:
+        """Make the save that all ranks have agreed on. Collective.
+
+        Raises
+        ------
+        ParckptError
+            The same on all ranks; nothing changed.
+        """
+        started = self.clock.monotonic()
+        if agreed.plan_changed or agreed.unprepared or self._lineage.prefix is None:
+            self.drop(prepared)
+            self._prepare_together(prepared, describe, step, reason)
+        ticket = prepared.ticket or self._ticket(self._lineage, step, reason)
+        assert prepared.local is not None
+        assert self.planned is not None
+        saved = self._saver.save(prepared.local, self.planned, ticket)
+        facts, before = ticket.facts, self._saved_step
+        self._saved_step = facts.step
+        self._lineage = replace(self._lineage, prefix=facts.prefix, sequence=facts.sequence, parent=facts.token)
+        if self.group.is_root:
+            self._after_publish(saved, facts, before, self.clock.monotonic() - started)
+        return saved
+
+    def _prepare_together(self, prepared: Prepared, describe: Callable[[], LocalState], step: int, reason: str) -> None:
+        """Plan anew where something changed, name the save, begin it. Collective."""
+        error: Exception | None = None
+        try:
+            prepared.local = prepared.local or describe()
+        except Exception as problem:  # user code: the others wait for the outcome
+            error = problem
+        self.group.agree(error)
+        assert prepared.local is not None
+        self._plan(prepared.local)
+        begun: list[Ticket] = []
+        self._on_root(lambda: begun.append(self._begin(step, reason)))
+        header = json.dumps([begun[0].facts.prefix, begun[0].facts.sequence]).encode("utf-8") if begun else None
+        prefix, sequence = json.loads(self.group.bcast(header))
+        self._lineage = replace(self._lineage, prefix=prefix, sequence=sequence - 1)
+        prepared.ticket = begun[0] if begun else self._ticket(self._lineage, step, reason)
+
+    def _plan(self, local: LocalState) -> None:
+        changed = self.planned is None or self.planned.digest != local.digest
+        if self.group.reduce_max(np.array([changed], np.int64))[0]:
+            self.planned = None
+            planned = make_plan(
+                self.group,
+                local,
+                self._nodes,
+                integrated=self.config.is_integrated,
+                remove_redundancy=self.config.remove_redundancy,
+                split_replicas=self.config.split_replicas,
+            )
+            if self.config.replica_check != "never":
+                check_replicas(self.group, local, planned)
+            self.planned = planned
+        elif self.config.replica_check == "always":
+            assert self.planned is not None
+            check_replicas(self.group, local, self.planned)
+
+    def _begin(self, step: int, reason: str) -> Ticket:
+        """Choose the name and the place in the lineage, and begin. Root only."""
+        assert self.planned is not None
+        lineage = self._lineage
+        if lineage.prefix is None:
+            prefix, sequence = self.keeper.numbered_prefix(), self.keeper.highest_sequence()
+            lineage = replace(lineage, prefix=prefix, sequence=sequence)
+        ticket = self._ticket(lineage, step, reason)
+        taken, ours = self._taken(ticket)
+        if taken and not ours:
+            ticket = self._ticket(replace(lineage, prefix=self.keeper.numbered_prefix()), step, reason)
+            ours = self._taken(ticket)[1]
+        ticket = replace(ticket, replace=ours)
+        self.keeper.note_start(lineage.run_id)
+        try:
+            self._saver.begin(self.planned, ticket)
+        except Exception as error:
+            self._saver.reject(self._saver.staging(ticket), error)
+            raise
+        return ticket
+
+    def _ticket(self, lineage: Lineage, step: int, reason: str) -> Ticket:
+        moment = Moment(step, self.steps_per_epoch, reason, self.clock.wall())
+        return make_ticket(lineage, moment, self.config, self.group.size)
+
+    def _taken(self, ticket: Ticket) -> tuple[bool, bool]:
+        staging = self._saver.staging(ticket)
+        path = staging.final_file if ticket.facts.integrated else staging.final_directory
+        return self.keeper.taken(path, ticket.facts.run_id, ticket.facts.step)
+
+    def _after_publish(self, saved: Saved, facts: Facts, before: int | None, blocked_s: float) -> None:
+        """Root: tell, remember, delete what is not kept."""
+        gigabytes = saved.nbytes / 1e9
+        log.info(
+            "saved step %d to %s: %.3f GB in %.2f s (%.2f GB/s), blocked %.2f s, slowest rank %d (%.2f s)",
+            facts.step,
+            saved.path,
+            gigabytes,
+            saved.seconds,
+            gigabytes / saved.seconds if saved.seconds > 0 else 0.0,
+            blocked_s,
+            saved.slowest,
+            saved.slowest_seconds,
+        )
+        if saved.unchanged and before is not None and facts.step > before:
+            self._warn_unchanged(before, facts.step)
+        try:
+            self.keeper.note_published(facts.run_id, facts.step)
+        except StorageError as error:
+            log.warning("the run file could not be written: %s", error)
+        self.keeper.retain(facts.run_id, facts.prefix)
+
+    def _warn_unchanged(self, before: int, step: int) -> None:
+        assert self.planned is not None
+        names = ", ".join(tensor.name for tensor in self.planned.tensors[:8])
+        if "unchanged" not in self._warned:
+            self._warned.add("unchanged")
+            self._warn(
+                f"no tensor has changed between steps {before} and {step} ({names}): were arrays rebound instead of "
+                "updated in place? Pass a callable that returns the current ones",
+                StateWarning,
+            )
+
+    # -- restoring ------------------------------------------------------------------------------------------------
+
+    def restorer(self, *, required: bool) -> Restorer:
+        """A restorer of this directory and family."""
+
+        def nothing_found() -> None:
+            self.keeper.nothing_found(required=required)
+            self.keeper.note_start(self._lineage.run_id)
+
+        return Restorer(
+            self.group, self.fs, self.directory, self._lineage.family, nothing_found=nothing_found, may_mark=True
+        )
+
+    def adopt(self, facts: Facts | None) -> None:
+        """Go on as the run that was restored: its id, prefix and place in the lineage. Collective.
+
+        After a fresh start or a foreign file (None) this stays a run of its own.
+        """
+        self._saved_step = None
+        if facts is None:
+            return
+        highest: list[int] = []
+        self._on_root(lambda: highest.append(self.keeper.highest_sequence()))
+        sequence = int(self.group.bcast(str(highest[0]).encode("ascii") if highest else None))
+        self._lineage = replace(
+            self._lineage, run_id=facts.run_id, prefix=facts.prefix, sequence=sequence, parent=facts.token
+        )
+
+    # -- small things ---------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give the directory up. Not collective."""
+        if self._keeper is not None:
+            self._keeper.close()
+            self._keeper = None
+
+    def _on_root(self, step: Callable[[], Any]) -> None:
+        """Run something on root; an error is raised on all ranks. Collective."""
+        error: Exception | None = None
+        if self.group.is_root:
+            try:
+                step()
+            except Exception as problem:  # the other ranks wait for the outcome
+                error = problem
+        self.group.agree(error)
+
+    def _warn(self, message: str, category: type[Warning]) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, category, stacklevel=5)
