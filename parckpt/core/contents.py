@@ -6,6 +6,7 @@ objects, because a large job has millions of boxes; objects are made for the few
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -288,6 +289,8 @@ def parse_tensors(columns: dict[str, Column], names: Sequence[str], path: str) -
         raise FormatError(f"{path}: the tensor columns differ in length", path=path, field="tensor_dims")
     if any(d < 0 for d in dims) or max(ndims, default=0) > MAX_NDIM:
         raise FormatError(f"{path}: a tensor has an impossible shape", path=path, field="tensor_dims")
+    if min(ranks, default=0) < -1:
+        raise FormatError(f"{path}: a tensor belongs to rank {min(ranks)}", path=path, field="tensor_rank")
     tensors: list[TensorRow] = []
     position = 0
     for name, code, rank, ndim in zip(names, codes, ranks, ndims, strict=True):
@@ -299,7 +302,8 @@ def parse_tensors(columns: dict[str, Column], names: Sequence[str], path: str) -
             ) from None
         tensors.append(TensorRow(name, dtype, tuple(dims[position : position + ndim]), rank))
         position += ndim
-        if tensors[-1].nbytes >= 1 << 63:
+        # Zeros do not count: numpy refuses a shape by the product of the others.
+        if math.prod(d or 1 for d in tensors[-1].global_shape) * tensors[-1].dtype.itemsize >= 1 << 63:
             raise FormatError(f"{path}: tensor {name!r} has an impossible size", path=path, field="tensor_dims")
     if len({(t.name, t.per_rank) for t in tensors}) != len(tensors):
         raise FormatError(f"{path}: a tensor is listed twice", path=path, field="name_bytes")
@@ -335,7 +339,7 @@ def _parse_files(
     position = 0
     crcs = columns["chunk_crc"]
     for name, nbytes in zip(names, columns["file_nbytes"].tolist(), strict=True):
-        _check_relative(name, path)
+        check_relative(name, path)
         count = chunk_count(nbytes, chunk_nbytes)
         if count > len(crcs) - position:
             raise FormatError(f"{path}: too few chunk checksums for {name}", path=path, field="chunk_crc")
@@ -346,7 +350,8 @@ def _parse_files(
     return tuple(files)
 
 
-def _check_relative(name: str, path: str) -> None:
+def check_relative(name: str, path: str) -> None:
+    """FormatError unless ``name`` is a plain path inside the checkpoint's directory."""
     parts = name.split("/")
     if not name or "\0" in name or any(part in ("", ".", "..") for part in parts):
         raise FormatError(f"{path}: {name!r} is not a path inside the checkpoint", path=path, field="name_bytes")

@@ -18,6 +18,7 @@ from parckpt.core.contents import (
     Contents,
     StoredFile,
     check_boxes,
+    check_relative,
     chunk_count,
     parse_tensors,
     tensor_columns,
@@ -28,6 +29,7 @@ from parckpt.errors import FormatError, IntegrityError
 
 __all__ = ["CHUNK_NBYTES", "Coverage", "Facts", "Manifest", "Plan", "Record", "assemble", "coverage"]
 
+MAX_WORLD_SIZE = 1 << 24  # tables by rank are made before anything else is known to be true
 CHUNK_NBYTES = 4 << 20  # design.md, "chunk": measured best for checksum and cipher in cache
 
 
@@ -110,10 +112,11 @@ class Facts:
         known = {name: table.fact(name, kind, path) for name, kind in _FACT_TYPES.items()}
         if known["chunk_nbytes"] != CHUNK_NBYTES:
             raise FormatError(f"{path}: chunks of {known['chunk_nbytes']} bytes", path=path, field="chunk_nbytes")
-        if known["world_size"] < 1 or min(known["step"], known["sequence"]) < 0:
-            raise FormatError(f"{path}: a count is negative", path=path, field="world_size")
+        if not 1 <= known["world_size"] <= MAX_WORLD_SIZE or min(known["step"], known["sequence"]) < 0:
+            raise FormatError(f"{path}: a count is impossible", path=path, field="world_size")
         if "/" in known["stem"] or known["stem"] in ("", ".", ".."):
             raise FormatError(f"{path}: stem {known['stem']!r} is not a name", path=path, field="stem")
+        _check_per_rank(known["per_rank_values"], path)
         return cls(**known, unknown={n: v for n, v in table.facts.items() if n not in _FACT_TYPES})
 
 
@@ -203,6 +206,8 @@ class Plan:
         known = {name: value for name, value in table.facts.items() if name != "per_rank_value_names"}
         plan = cls(Facts.from_table(Table("plan", known), path), tensors, boxes, tuple((n, r) for n, r in listed))
         check_boxes(tensors, boxes, plan.nfiles, path)
+        if any(not 0 <= rank < plan.facts.world_size for _, rank in plan.per_rank_values):
+            raise FormatError(f"{path}: a value belongs to no rank", path=path, field="per_rank_value_names")
         return plan
 
 
@@ -265,6 +270,8 @@ class Record:
                 "append": dict, "values": dict, "per_rank_values": dict,
             }.items()
         }  # fmt: skip
+        check_relative(facts["path"], path)
+        _check_per_rank(facts["per_rank_values"], path)
         crcs = table.column("chunk_crc", "<u4", path)
         if facts["nbytes"] < 0 or len(crcs) != chunk_count(facts["nbytes"], CHUNK_NBYTES):
             raise FormatError(f"{path}: {len(crcs)} checksums for {facts['nbytes']} bytes", path=path, field="nbytes")
@@ -275,6 +282,12 @@ class Record:
         kinds = dict(zip(cls._STATIC, ("<u4", "<u4", "<u8", "<u8", "<u8"), strict=True))
         static = {name: table.column(name, kind, path) for name, kind in kinds.items()}
         names = split_names(table.column("name_bytes", "u1", path), table.column("name_ends", "<u8", path), path)
+        entries, extents = static["box_entry"], static["box_extents"]
+        lengths = {len(static[name]) for name in cls._STATIC if name.startswith("extent_")}
+        if len(entries) != len(extents) or lengths != {int(extents.sum(dtype="u8"))}:
+            raise FormatError(f"{path}: the box columns differ in length", path=path, field="box_extents")
+        if len(entries) and int(entries.max()) > len(names):
+            raise FormatError(f"{path}: a box has no entry", path=path, field="box_entry")
         columns: dict[str, Any] = {**facts, **static}
         return cls(**columns, chunk_crcs=crcs, entry_names=tuple(names))
 
@@ -376,6 +389,8 @@ def assemble(plan: Plan, records: Sequence[Record], facts: Facts) -> Manifest:
                 f"(token {record.token}, expected {plan.facts.token})"
             )
     ranks = [record.rank for record in records]
+    if ranks != sorted(set(ranks)) or (ranks and not 0 <= ranks[0] <= ranks[-1] < plan.nfiles):
+        raise IntegrityError(f"records of the ranks {ranks} for {plan.nfiles} files")
     renumber = np.full(plan.nfiles, -1, np.int64)
     renumber[ranks] = np.arange(len(ranks))
     boxes = _kept_boxes(plan, renumber)
@@ -427,6 +442,13 @@ def _merged_values(records: Sequence[Record]) -> dict[str, Any]:
         for name, by_rank in record.per_rank_values.items():
             per_rank.setdefault(name, {}).update(by_rank)
     return {"values": values, "append": append, "per_rank_values": per_rank}
+
+
+def _check_per_rank(found: Mapping[str, Any], path: str) -> None:
+    """Per-rank values are by name, then by rank in decimal digits."""
+    for name, by_rank in found.items():
+        if not isinstance(by_rank, dict) or any(not (key.isascii() and key.isdigit()) for key in by_rank):
+            raise FormatError(f"{path}: values of {name!r} are not by rank", path=path, field="per_rank_values")
 
 
 def _joined(parts: Sequence[Column], dtype: str) -> Column:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,7 +168,7 @@ def peek(read: Callable[[int, int], bytes], nbytes: int, path: str, kind: str | 
         end = max(info["data_offsets"][1] for name, info in header.items() if name != "__metadata__")
         metadata = dict(header["__metadata__"])
         digest = metadata.pop(_FACTS_DIGEST)
-        sound = digest == json.dumps(_facts_digest(metadata))
+        sound = digest == json.dumps(_facts_digest(metadata)) and type(end) is int
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise ChecksumError(f"{path}: damaged, its header cannot be read", path=path) from error
     if not sound:
@@ -248,6 +249,14 @@ def _columns(header: dict[str, Any], body: memoryview, start: int, path: str) ->
     raise FormatError(f"{path}: no digest column", path=path, field=_DIGEST)
 
 
+def _finite(text: str) -> float:
+    """A number as JSON has it: no NaN and no infinity, so that what was read can be written again."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not JSON")
+    return value
+
+
 def _table(header: dict[str, Any], columns: dict[str, Column], path: str) -> Table:
     metadata = header.get("__metadata__")
     if not isinstance(metadata, dict):
@@ -255,7 +264,7 @@ def _table(header: dict[str, Any], columns: dict[str, Column], path: str) -> Tab
     facts: dict[str, Any] = {}
     for name, text in metadata.items():
         try:
-            facts[name] = json.loads(text)
+            facts[name] = json.loads(text, parse_constant=_finite, parse_float=_finite)
         except (TypeError, ValueError, RecursionError) as error:
             raise FormatError(f"{path}: fact {name!r} is not JSON", path=path, field=name) from error
     kind, version = facts.pop(_KIND, None), facts.pop(_VERSION, None)
