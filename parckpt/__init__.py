@@ -1,6 +1,14 @@
 """Checkpoints of parallel training jobs: saved by MPI ranks, published atomically, restored on any number of them."""
 
 from parckpt import sharding as _sharding  # noqa: F401  # gives Shard.stack its communication
+from parckpt.browse import (
+    Checkpoint,
+    CheckpointInfo,
+    inspect,
+    latest_checkpoint,
+    list_checkpoints,
+    open_checkpoint,
+)
 from parckpt.checkpointer import ModelCheckpoint
 from parckpt.comm.base import Communicator
 from parckpt.comm.launch import SELF
@@ -37,16 +45,8 @@ from parckpt.errors import (
     TruncatedError,
     UnsupportedVersionError,
 )
-from parckpt.singlefile import (
-    Checkpoint,
-    CheckpointInfo,
-    inspect,
-    latest_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    open_checkpoint,
-    save_checkpoint,
-)
+from parckpt.loadfile import load_checkpoint
+from parckpt.savefile import save_checkpoint
 
 __version__ = "0.1.0"
 

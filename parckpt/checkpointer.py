@@ -21,8 +21,9 @@ from parckpt.core.policy import Decision, History
 from parckpt.core.round import Action, Agreement, Call, Voice
 from parckpt.core.state import State, flatten
 from parckpt.core.target import NameMap, Selection
+from parckpt.engine import notyet
 from parckpt.engine.group import Group
-from parckpt.engine.local import LocalState
+from parckpt.engine.local import LocalState, as_state
 from parckpt.engine.progress import Progress
 from parckpt.engine.restorer import Request
 from parckpt.engine.rounds import meet, raise_mismatch
@@ -33,7 +34,6 @@ from parckpt.errors import (
     ParckptError,
     StateMismatchError,
 )
-from parckpt.formats.registry import FORMATS
 from parckpt.signals import deferred_interrupt
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem
 
@@ -432,7 +432,9 @@ class ModelCheckpoint:
         return self.config.save_policy.decide(step, self._clock.monotonic(), self._history, ending=ending)
 
     def _state_or_none(self) -> State | None:
-        return self._state if self._state is not None else _network_state(self.config.saved_network)
+        if self._state is not None:
+            return self._state
+        return None if self.config.saved_network is None else as_state(self.config.saved_network)
 
     def _describe(self) -> LocalState:
         state = self._state_or_none()
@@ -464,11 +466,12 @@ def _checked_config(config: CheckpointConfig | None) -> CheckpointConfig:
         config = CheckpointConfig()
     if not isinstance(config, CheckpointConfig):
         raise ConfigTypeError(f"config must be a CheckpointConfig, not {type(config).__name__}")
-    for name in ("async_save", "exception_save", "enc_key"):
-        if getattr(config, name):
-            raise NotImplementedError(f"{name} is not implemented yet")
-    if config.format not in FORMATS:
-        raise NotImplementedError(f"format {config.format!r} is not implemented yet")
+    notyet.refuse(
+        async_save=config.async_save,
+        enc_key=config.enc_key,
+        exception_save=config.exception_save,
+        format=config.format,
+    )
     if config.ownership != "parckpt":
         raise NotImplementedError(f"ownership {config.ownership!r} is not implemented yet")
     return config
@@ -483,12 +486,3 @@ def _checked_directory(directory: str | os.PathLike[str] | None) -> str:
     if not path.strip():
         raise ConfigError("directory must not be blank")
     return os.path.abspath(path)
-
-
-def _network_state(network: Any) -> State | None:
-    if network is None or isinstance(network, Mapping):
-        return network
-    if hasattr(network, "state_dict"):
-        state: State = network.state_dict()
-        return state
-    return network  # type: ignore[no-any-return]  # a callable, as the config has checked

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from parckpt.core import values
 from parckpt.core.describe import Held, digest, pack
 from parckpt.core.layout import Box, contains
-from parckpt.core.state import FlatState
+from parckpt.core.state import FlatState, State
 from parckpt.engine.arrays import Source
-from parckpt.errors import InternalError
+from parckpt.errors import ConfigTypeError, InternalError
 
-__all__ = ["LocalState"]
+__all__ = ["LocalState", "as_state"]
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,28 @@ class LocalState:
     def own_values(self) -> dict[str, Any]:
         """Encoded plain values that belong to this rank alone."""
         return {leaf.name: values.encode(leaf.value) for leaf in self.flat.values if leaf.per_rank}
+
+
+def as_state(given: Any) -> State:
+    """The state that an argument means: a mapping, a callable, an object with ``state_dict()``, MindSpore's list form.
+
+    Raises
+    ------
+    ConfigTypeError
+        For anything else.
+    """
+    if isinstance(given, Mapping):
+        return given
+    if isinstance(given, list):
+        state: dict[str, Any] = {}
+        for item in given:
+            if not isinstance(item, Mapping) or not isinstance(item.get("name"), str) or "data" not in item:
+                raise ConfigTypeError("a list to save must hold {'name': str, 'data': array} items")
+            state[item["name"]] = item["data"]
+        return state
+    if hasattr(given, "state_dict"):
+        found: State = given.state_dict()
+        return found
+    if callable(given):
+        return given  # type: ignore[no-any-return]  # flatten checks what it returns
+    raise ConfigTypeError(f"a state must be a mapping, a callable or have state_dict(), not {type(given).__name__}")
