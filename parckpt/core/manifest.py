@@ -112,14 +112,19 @@ class Facts:
         known = {name: table.fact(name, kind, path) for name, kind in _FACT_TYPES.items()}
         if known["chunk_nbytes"] != CHUNK_NBYTES:
             raise FormatError(f"{path}: chunks of {known['chunk_nbytes']} bytes", path=path, field="chunk_nbytes")
-        if not 1 <= known["world_size"] <= MAX_WORLD_SIZE or min(known["step"], known["sequence"]) < 0:
-            raise FormatError(f"{path}: a count is impossible", path=path, field="world_size")
+        for name, low, high in _LIMITS:
+            if not low <= known[name] <= high:
+                raise FormatError(f"{path}: {name} is {known[name]}", path=path, field=name)
+        known["missing"] = tuple(known["missing"])
+        if not all(isinstance(entry, str) for entry in known["missing"]):
+            raise FormatError(f"{path}: a missing entry is no name", path=path, field="missing")
         if "/" in known["stem"] or known["stem"] in ("", ".", ".."):
             raise FormatError(f"{path}: stem {known['stem']!r} is not a name", path=path, field="stem")
         _check_per_rank(known["per_rank_values"], path)
         return cls(**known, unknown={n: v for n, v in table.facts.items() if n not in _FACT_TYPES})
 
 
+_LIMITS = (("world_size", 1, MAX_WORLD_SIZE), ("step", 0, 1 << 62), ("sequence", 0, 1 << 62))
 _TEXT, _NUMBER = str, (int, float)
 _FACT_TYPES: dict[str, Any] = {
     "stem": _TEXT,
