@@ -155,7 +155,9 @@ class _Saving:
                 check=lambda: locks[0].check(),
             )
             strings = {leaf.name: leaf.value for leaf in local.flat.values if isinstance(leaf.value, str)}
-            ticket = Ticket(self._facts(stem, attempt, append), True, appended.settle({**strings, **append}, 0, 0))
+            marks = {"remove_redundancy": "True"} if self.remove_redundancy else {}
+            settled = appended.settle({**strings, **append}, 0, 0)
+            ticket = Ticket(self._facts(stem, attempt, append), True, settled, marks)
             self._on_root(lambda: self._begin(directory, stem, attempt, locks, saver, planned, ticket))
             saver.save(local, planned, ticket)
         finally:

@@ -75,4 +75,6 @@ def make_ticket(lineage: Lineage, moment: Moment, config: CheckpointConfig, worl
         crc_check=config.crc_check,
     )
     append: Mapping[str, Any] | None = config.append_dict
-    return Ticket(facts, False, appended.settle(append, epoch, moment.step))
+    # MindSpore writes this mark from ModelCheckpoint always, from save_checkpoint only when it is asked for.
+    marks = {"remove_redundancy": str(config.remove_redundancy)}
+    return Ticket(facts, False, appended.settle(append, epoch, moment.step), marks)

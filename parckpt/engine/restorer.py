@@ -156,10 +156,10 @@ class Restorer:
     def _candidates(self, request: Request) -> list[Found]:
         """Checkpoints to try, best first."""
         if request.path is not None:
-            found = find_at(self.fs, request.path) if try_stat(self.fs, request.path) is not None else None
-            if found is None and try_stat(self.fs, request.path) is None:
+            stat = try_stat(self.fs, request.path)
+            if stat is None:
                 raise CheckpointNotFoundError(f"there is no checkpoint at {request.path}", path=request.path)
-            return [found] if found is not None else [_foreign_at(request.path)]
+            return [find_at(self.fs, request.path) or _foreign_at(request.path, stat.is_dir)]
         everything = scan(self.fs, self.directory, self.family)
         usable = [one for one in everything if self._usable(one, request)]
         if request.step is not None:
@@ -405,8 +405,8 @@ def _reader(fs: FileSystem, root: str, contents: Contents, rows: list[int]) -> C
 _FOREIGN = "\0foreign"
 
 
-def _foreign_at(path: str) -> Found:
-    return Found(path, "", os.path.dirname(path) or ".", _FOREIGN, None)
+def _foreign_at(path: str, is_dir: bool) -> Found:
+    return Found(path, "", path if is_dir else os.path.dirname(path) or ".", _FOREIGN, None)
 
 
 def _packed(header: Mapping[str, Any], manifest: Manifest | None) -> bytes:

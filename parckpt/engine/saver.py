@@ -48,11 +48,14 @@ class Ticket:
         The name may be replaced: the same step of the same run.
     append : mapping
         Plain values appended to every file.
+    marks : mapping
+        What MindSpore puts into the file's metadata, where the format has any.
     """
 
     facts: Facts
     replace: bool = False
     append: Mapping[str, Any] = field(default_factory=dict)
+    marks: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class Saver:
         started = self.clock.monotonic()
         staging = self.staging(ticket)
         try:
-            written = self._write(Job(local, planned, ticket.facts, ticket.append, staging))
+            written = self._write(Job(local, planned, ticket.facts, ticket.append, ticket.marks, staging))
             messages = self.group.gather(self._message(written, planned, self.clock.monotonic() - started))
             saved = self._publish(planned, ticket, staging, messages, started)
         except ParckptError as error:

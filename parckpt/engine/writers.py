@@ -25,6 +25,7 @@ from parckpt.engine.planning import Planned
 from parckpt.engine.staging import Staging
 from parckpt.engine.writing import GatherPlan, finish, stream_gathered, stream_local
 from parckpt.formats.base import Entry, Extent, Format
+from parckpt.formats.safetensors import MINDSPORE_METADATA
 from parckpt.storage.direct import OutputFile, aligned_buffer
 
 __all__ = ["Job", "Writers", "Written"]
@@ -38,6 +39,7 @@ class Job:
     planned: Planned
     facts: Facts
     append: Mapping[str, Any]
+    marks: Mapping[str, str]
     staging: Staging
 
 
@@ -155,7 +157,7 @@ class Writers:
         extra = [_appended(self.form, name, value) for name, value in job.append.items()]
         key = (job.planned.hash, crc, tuple(entry for entry, _ in extra))
         if self._last_plan is None or self._last_plan[0] != key:
-            metadata = {"remove_redundancy": str(job.facts.remove_redundancy)}
+            metadata = {**MINDSPORE_METADATA, **job.marks}
             integrated = job.facts.integrated
             plan = plan_file(self.form, boxes, extra, integrated=integrated, crc=crc, metadata=metadata)
             self._last_plan = (key, plan)
