@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from parckpt.core import naming
-from parckpt.core.manifest import Facts, Plan, Record, assemble, coverage
+from parckpt.core.manifest import Facts, Manifest, Plan, Record, assemble, coverage
 from parckpt.engine.catalog import MAX_MANIFEST_NBYTES, find_at, manifest_stem, read_facts, scan
 from parckpt.engine.staging import Modes, Staging, discard
 from parckpt.errors import FormatError, IntegrityError, StorageError
 from parckpt.storage.atomic import move_new, read_file, remove_tree
 from parckpt.storage.filesystem import FileSystem, try_stat
 
-__all__ = ["Swept", "finalize", "parse_hidden", "recover"]
+__all__ = ["Swept", "finalize", "judge", "orphan_manifests", "parse_hidden", "recover"]
 
 log = logging.getLogger("parckpt")
 
@@ -80,6 +80,28 @@ def finalize(
     (path, reason)
         The published path, or None and why not.
     """
+    manifest, why = judge(fs, directory, stem, token)
+    if manifest is None:
+        return None, why
+    facts = manifest.facts
+    path = os.path.join(directory, f".{stem}.staging-{token}")
+    check()
+    staging = Staging(fs, directory, stem, token, naming.EXTENSIONS[facts.format], modes)
+    _drop_stale(fs, os.path.join(path, naming.MANIFEST))
+    if facts.integrated:
+        _drop_stale(fs, staging.final_manifest)
+        return staging.publish_file(manifest.encode(), replace=_replaces(fs, staging.final_file, facts)), ""
+    return staging.publish_directory(manifest.encode(), replace=_replaces(fs, staging.final_directory, facts)), ""
+
+
+def judge(fs: FileSystem, directory: str, stem: str, token: str) -> tuple[Manifest | None, str]:
+    """Say whether a staging directory can be published, without touching it.
+
+    Returns
+    -------
+    (manifest, reason)
+        The manifest it would get, or None and why it cannot be published.
+    """
     path = os.path.join(directory, f".{stem}.staging-{token}")
     try:
         if try_stat(fs, os.path.join(path, naming.ABORTED)) is not None:
@@ -98,14 +120,7 @@ def finalize(
     if rival is not None:
         return None, f"{rival} was published since"
     facts = replace(plan.facts, missing=missing.per_rank, reason=plan.facts.reason or "finalized")
-    manifest = assemble(plan, records, facts)
-    check()
-    staging = Staging(fs, directory, stem, token, naming.EXTENSIONS[facts.format], modes)
-    _drop_stale(fs, os.path.join(path, naming.MANIFEST))
-    if facts.integrated:
-        _drop_stale(fs, staging.final_manifest)
-        return staging.publish_file(manifest.encode(), replace=_replaces(fs, staging.final_file, facts)), ""
-    return staging.publish_directory(manifest.encode(), replace=_replaces(fs, staging.final_directory, facts)), ""
+    return assemble(plan, records, facts), ""
 
 
 def parse_hidden(name: str) -> tuple[str, str, str] | None:
@@ -180,9 +195,14 @@ def _names(fs: FileSystem, directory: str, stem: str, token: str) -> bool:
 
 
 def _drop_orphan_manifests(fs: FileSystem, directory: str, belongs: Callable[[str], bool]) -> None:
+    for name in orphan_manifests(fs, directory, belongs):
+        fs.unlink(os.path.join(directory, name))
+        fs.sync_directory(directory)
+
+
+def orphan_manifests(fs: FileSystem, directory: str, belongs: Callable[[str], bool]) -> Iterator[str]:
     """Manifests whose data is not there (a crash before the data was renamed), or that do not fit it any more."""
-    names = fs.listdir(directory)
-    for name in names:
+    for name in fs.listdir(directory):
         stem = manifest_stem(name)
         if stem is None or not belongs(stem):
             continue
@@ -194,8 +214,7 @@ def _drop_orphan_manifests(fs: FileSystem, directory: str, belongs: Callable[[st
         orphan = try_stat(fs, data) is None
         outdated = current is not None and current.error is None and current.token != facts.token
         if orphan or outdated:
-            fs.unlink(os.path.join(directory, name))
-            fs.sync_directory(directory)
+            yield name
 
 
 def _drop_stale(fs: FileSystem, path: str) -> None:
