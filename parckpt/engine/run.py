@@ -25,7 +25,7 @@ from parckpt.engine.planning import Planned, check_replicas, make_plan, node_num
 from parckpt.engine.restorer import Restorer
 from parckpt.engine.saver import Saved, Saver, Ticket
 from parckpt.engine.staging import Modes
-from parckpt.errors import ConfigError, ConfigWarning, StateWarning, StorageError
+from parckpt.errors import ConfigError, ConfigWarning, ParckptError, StateWarning, StorageError
 from parckpt.formats.registry import FORMATS
 from parckpt.storage.filesystem import FileSystem
 from parckpt.storage.identity import identify
@@ -83,6 +83,9 @@ class Run:
         self._keeper: Keeper | None = None
         self._warned: set[str] = set()
         self._saved_step: int | None = None
+        # Root: the highest sequence number ever begun. A failed save's is not used again, so neither is its token: what
+        # it left behind can never be taken for part of a later one.
+        self._begun = 0
         ids = group.bcast(secrets.token_bytes(32) if group.is_root else None)
         self._lineage = Lineage(ids[:16].hex(), ids[16:].hex(), family)
         modes = Modes(config.file_mode, config.dir_mode)
@@ -98,9 +101,8 @@ class Run:
             modes=modes,
             check=lambda: self.keeper.check(),
         )
-        if group.is_root:
-            for message in config.warnings:
-                self._warn(message, ConfigWarning)
+        # Where warnings are errors, all ranks must get this one.
+        self._on_root(lambda: [self._warn(message, ConfigWarning) for message in config.warnings])
 
     @property
     def keeper(self) -> Keeper:
@@ -133,12 +135,16 @@ class Run:
         if prepared.changed or self._lineage.prefix is None or not self.group.is_root:
             return
         assert self.planned is not None
+        if self._begun > self._lineage.sequence:
+            prepared.changed = True  # a save failed: all ranks have to know the next number
+            return
         ticket = self._ticket(self._lineage, step, reason)
         taken, ours = self._taken(ticket)
         if taken and not ours:
             prepared.changed = True  # the name must be changed, which all ranks have to know
             return
         prepared.ticket = replace(ticket, replace=ours)
+        self._begun = ticket.facts.sequence
         try:
             self._saver.begin(self.planned, prepared.ticket)
         except Exception as error:
@@ -173,7 +179,12 @@ class Run:
         ticket = prepared.ticket or self._ticket(self._lineage, step, reason)
         assert prepared.local is not None
         assert self.planned is not None
-        saved = self._saver.save(prepared.local, self.planned, ticket)
+        try:
+            saved = self._saver.save(prepared.local, self.planned, ticket)
+        except ParckptError:
+            # The next attempt gets a token, hence a staging directory, of its own. All ranks are here.
+            self._lineage = replace(self._lineage, sequence=ticket.facts.sequence)
+            raise
         facts, before = ticket.facts, self._saved_step
         self._saved_step = facts.step
         self._lineage = replace(self._lineage, prefix=facts.prefix, sequence=facts.sequence, parent=facts.token)
@@ -222,14 +233,16 @@ class Run:
         assert self.planned is not None
         lineage = self._lineage
         if lineage.prefix is None:
-            prefix, sequence = self.keeper.numbered_prefix(), self.keeper.highest_sequence()
-            lineage = replace(lineage, prefix=prefix, sequence=sequence)
+            sequence = max(lineage.sequence, self.keeper.highest_sequence())
+            lineage = replace(lineage, prefix=self.keeper.numbered_prefix(), sequence=sequence)
+        lineage = replace(lineage, sequence=max(lineage.sequence, self._begun))
         ticket = self._ticket(lineage, step, reason)
         taken, ours = self._taken(ticket)
         if taken and not ours:
             ticket = self._ticket(replace(lineage, prefix=self.keeper.numbered_prefix()), step, reason)
             ours = self._taken(ticket)[1]
         ticket = replace(ticket, replace=ours)
+        self._begun = ticket.facts.sequence
         self.keeper.note_start(lineage.run_id)
         try:
             self._saver.begin(self.planned, ticket)
@@ -261,7 +274,7 @@ class Run:
             saved.slowest,
             saved.slowest_seconds,
         )
-        if saved.unchanged and before is not None and facts.step > before:
+        if saved.unchanged and before is not None and facts.step > before and self.planned and self.planned.tensors:
             self._warn_unchanged(before, facts.step)
         try:
             self.keeper.note_published(facts.run_id, facts.step)

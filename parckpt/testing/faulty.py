@@ -84,6 +84,14 @@ class FaultyFileSystem:
         """Number of calls so far."""
         return len(self.calls)
 
+    def arm(self, *, fail_after: int | None = None, crash_after: int | None = None) -> None:
+        """Misbehave at a call counted from now, instead of what was asked for before; without arguments, never."""
+        with self._lock:
+            now = len(self.calls)
+            self._fail_at = None if fail_after is None else now + fail_after
+            self._crash_at = None if crash_after is None else now + crash_after
+            self.failed = None
+
     def _count(self, operation: str, path: str) -> Call | None:
         with self._lock:
             if self._dead:

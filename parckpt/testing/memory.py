@@ -167,7 +167,9 @@ class Disk:
     def collect(self) -> None:
         """Free what has no name, no open descriptor and no durable name."""
         used = {self.ROOT} | {number for number, inode in self.inodes.items() if inode.nopen}
-        used |= {entry[2] for change in self.pending for entry in change.entries if entry[2] is not None}
+        for change in self.pending:
+            # The directory too: it may be gone by now, and its changes still wait.
+            used.update(number for entry in change.entries for number in (entry[0], entry[2]) if number is not None)
         for inode in self.inodes.values():
             used.update(inode.names.values(), inode.durable_names.values())
         self.inodes = {number: inode for number, inode in self.inodes.items() if number in used}

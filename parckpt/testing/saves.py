@@ -1,0 +1,194 @@
+"""A small training state whose every bit follows from a version number, and checkpoints of it on a memory file system.
+
+A mix of two saves, or a torn one, cannot pass for either: each tensor and value is recomputed from the version found.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+
+import parckpt
+from parckpt.checkpointer import ModelCheckpoint
+from parckpt.comm.base import Communicator
+from parckpt.core import naming
+from parckpt.storage.filesystem import FileSystem
+from parckpt.storage.lock import break_lock
+from parckpt.testing.filesystem import MemoryFileSystem, SimulatedCrash
+from parckpt.testing.world import run_world
+
+__all__ = [
+    "DIRECTORY",
+    "MODES",
+    "PREFIX",
+    "abandon",
+    "check",
+    "config",
+    "fill",
+    "make_state",
+    "new_disk",
+    "restore",
+    "saved",
+    "started",
+    "unexpected",
+]
+
+DIRECTORY, PREFIX = "/ckpts", "m"
+
+MODES: dict[str, dict[str, Any]] = {
+    "integrated": {},
+    "integrated-safetensors": {"format": "safetensors", "crc_check": True},
+    "per-rank": {"integrated_save": False},
+    "deduplicated": {"remove_redundancy": True},
+    "deduplicated-safetensors": {"remove_redundancy": True, "format": "safetensors"},
+}
+
+_ROWS, _COLUMNS = 11, 3
+
+
+def config(mode: str, **options: Any) -> parckpt.CheckpointConfig:
+    """Options of a mode: a save at each step."""
+    return parckpt.CheckpointConfig(**{"save_checkpoint_steps": 1, "keep_checkpoint_max": 4, **MODES[mode], **options})
+
+
+def make_state(rank: int, size: int, version: int = 0) -> dict[str, Any]:
+    """One rank's part of the state: a tensor cut by rows, replicas, an empty and a 0-d one, shared and own values."""
+    first, last = _ROWS * rank // size, _ROWS * (rank + 1) // size
+    state: dict[str, Any] = {
+        "w": parckpt.Shard(np.zeros((last - first, _COLUMNS), "f4"), (_ROWS, _COLUMNS), (first, 0)),
+        "b": np.zeros(5, "f8"),
+        "count": np.zeros((), "i8"),
+        "none": np.zeros((0, 2), "f4"),
+        "sched": {"version": 0, "lr": 0.0},
+        "place": parckpt.PerRank(0, on_resize=list),
+    }
+    fill(state, rank, size, version)
+    return state
+
+
+def fill(state: dict[str, Any], rank: int, size: int, version: int) -> None:
+    """Move the state to another version, in place."""
+    first = _ROWS * rank // size
+    shard = state["w"].data
+    shard[...] = _whole(version)[first : first + len(shard)]
+    state["b"][...] = np.arange(5) + version
+    state["count"][...] = version
+    state["sched"]["version"], state["sched"]["lr"] = version, version / 7
+    state["place"] = parckpt.PerRank(1000 * rank + version, on_resize=list)
+
+
+def _whole(version: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(version + 1).standard_normal((_ROWS, _COLUMNS)).astype("f4")
+
+
+def check(state: dict[str, Any], size: int, progress: parckpt.Progress) -> int:
+    """The version that the one rank's state holds, with every bit of it checked; ``size`` ranks saved it."""
+    version = int(state["sched"]["version"])
+    assert state["w"].data.tobytes() == _whole(version).tobytes()
+    assert state["b"].tobytes() == (np.arange(5, dtype="f8") + version).tobytes()
+    assert state["count"].item() == version
+    assert state["sched"]["lr"] == version / 7
+    assert list(progress.per_rank["place"]) == [1000 * rank + version for rank in range(size)]
+    return version
+
+
+def abandon(run: ModelCheckpoint) -> None:
+    """End the threads of a run that "died"; what it holds on disk stays."""
+    keeper, run._run._keeper, run._closed = run._run._keeper, None, True
+    if keeper is not None:
+        if keeper._heartbeat is not None:
+            keeper._heartbeat.stop()
+        keeper._cleaner.shutdown(wait=True)
+
+
+@contextmanager
+def started(fs: FileSystem, mode: str, comm: Any = parckpt.SELF, **options: Any) -> Iterator[ModelCheckpoint]:
+    """A run that saves at each step. Its lock may be left of a dead run: of this same process, so it is broken first.
+
+    After a `SimulatedCrash` the run is abandoned as it stands.
+    """
+    if getattr(comm, "rank", 0) == 0:
+        break_lock(fs, DIRECTORY, PREFIX)
+    run = ModelCheckpoint(PREFIX, DIRECTORY, config(mode, **options), comm=comm, filesystem=fs)
+    try:
+        yield run
+    except SimulatedCrash:
+        abandon(run)
+        raise
+    except BaseException:
+        with suppress(Exception):  # another rank may have ended the world
+            run.close()
+        raise
+    else:
+        run.close()
+
+
+def new_disk(**options: Any) -> MemoryFileSystem:
+    """An empty disk with the checkpoint directory on it."""
+    disk = MemoryFileSystem(**options)
+    disk.mkdir(DIRECTORY)
+    disk.sync_all()
+    return disk
+
+
+def saved(disk: MemoryFileSystem, mode: str, size: int, versions: Sequence[tuple[int, int]]) -> MemoryFileSystem:
+    """Let ``size`` ranks go on with the run on the disk and save each (step, version), all durable."""
+
+    def program(comm: Communicator, rank: int) -> None:
+        with started(disk, mode, comm) as run:
+            state = make_state(rank, size)
+            run.restore(state)
+            for step, version in versions:
+                fill(state, rank, size, version)
+                run.step_end(state, step)
+
+    run_world(size, program)
+    disk.sync_all()
+    return disk
+
+
+def restore(fs: FileSystem, mode: str, size: int, **request: Any) -> tuple[int, int, list[tuple[str, str]]]:
+    """What a start on one rank finds: step, version, and what it skipped. Step 0: nothing was ever published."""
+    with started(fs, mode) as run:
+        state = make_state(0, 1, -1)
+        progress = run.restore(state, **request)
+        if progress.step == 0:
+            assert state["sched"]["version"] == -1
+            return 0, -1, progress.skipped
+        return progress.step, check(state, size, progress), progress.skipped
+
+
+def unexpected(fs: MemoryFileSystem) -> list[str]:
+    """What is in the directory beside whole checkpoints and the run file, once a start has swept and a run has left."""
+    names = fs.listdir(DIRECTORY)
+    wrong = []
+    stems = {name.rpartition(".")[0] for name in names if (p := naming.parse(name)) and p.kind == "data"}
+    manifests = [str(p.stem) for name in names if (p := naming.parse(name)) and p.kind == "manifest"]
+    for name in names:
+        parsed = naming.parse(name)
+        if name == naming.run_name(PREFIX):
+            continue
+        if parsed is None or parsed.kind not in ("data", "manifest", "step"):
+            wrong.append(name)
+        elif parsed.kind == "data" and manifests.count(str(parsed.stem)) != 1:
+            wrong.append(name)
+        elif parsed.kind == "manifest" and str(parsed.stem) not in stems:
+            wrong.append(name)
+        elif parsed.kind == "step":
+            wrong += [f"{name}/{inner}" for inner in _unexpected_inside(fs, os.path.join(DIRECTORY, name), name)]
+    return wrong
+
+
+def _unexpected_inside(fs: MemoryFileSystem, path: str, stem: str) -> Iterator[str]:
+    for name in fs.listdir(path):
+        if naming.parse_rank_directory(name) is None:
+            if name != naming.MANIFEST:
+                yield name
+            continue
+        for inner in fs.listdir(os.path.join(path, name)):
+            if inner.rpartition(".")[0] != stem:
+                yield f"{name}/{inner}"
