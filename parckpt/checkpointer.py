@@ -85,7 +85,7 @@ class ModelCheckpoint:
         filesystem: FileSystem | None = None,
     ) -> None:
         self._closed = True  # until all is set up: leaving must not trip over a half-made object
-        self.config = _checked_config(config)
+        self.config = config if isinstance(config, CheckpointConfig) else CheckpointConfig()
         self._clock: Clock = clock if clock is not None else SystemClock()
         self._group = Group(resolve(comm, os.environ), Waiter(self.config.agree_timeout_s))
         self._step = 0
@@ -99,7 +99,7 @@ class ModelCheckpoint:
         #: Whether this rank found a save due at the last step, and why; root's decision counts.
         self.last_decision: Decision | None = None
         try:
-            self.directory = self._agree_on_arguments(prefix, directory, steps_per_epoch)
+            self.directory = self._agree_on_arguments(prefix, directory, config, steps_per_epoch)
             self._run = Run(
                 self._group,
                 filesystem if filesystem is not None else PosixFileSystem(),
@@ -115,12 +115,17 @@ class ModelCheckpoint:
         self._closed = False
 
     def _agree_on_arguments(
-        self, prefix: str, directory: str | os.PathLike[str] | None, steps_per_epoch: int | None
+        self,
+        prefix: str,
+        directory: str | os.PathLike[str] | None,
+        config: CheckpointConfig | None,
+        steps_per_epoch: int | None,
     ) -> str:
         """Check the arguments on every rank and over all ranks; return the absolute directory. Collective."""
         error: Exception | None = None
         path = ""
         try:
+            _check_config(config)
             naming.check_prefix(prefix)
             path = _checked_directory(directory)
             naming.epoch_and_step(1, steps_per_epoch)
@@ -461,9 +466,9 @@ def _reason(decision: Decision | None) -> str:
     return decision.reason if decision is not None and decision.save else "asked for by another rank"
 
 
-def _checked_config(config: CheckpointConfig | None) -> CheckpointConfig:
+def _check_config(config: CheckpointConfig | None) -> None:
     if config is None:
-        config = CheckpointConfig()
+        return
     if not isinstance(config, CheckpointConfig):
         raise ConfigTypeError(f"config must be a CheckpointConfig, not {type(config).__name__}")
     notyet.refuse(
@@ -474,7 +479,6 @@ def _checked_config(config: CheckpointConfig | None) -> CheckpointConfig:
     )
     if config.ownership != "parckpt":
         raise NotImplementedError(f"ownership {config.ownership!r} is not implemented yet")
-    return config
 
 
 def _checked_directory(directory: str | os.PathLike[str] | None) -> str:

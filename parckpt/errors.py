@@ -248,7 +248,8 @@ def classes_by_code() -> Mapping[str, type[ParckptError]]:
     pending: list[type[ParckptError]] = [ParckptError]
     while pending:
         cls = pending.pop()
-        found[cls.code] = cls
+        if "code" in vars(cls):
+            found[cls.code] = cls
         pending.extend(cls.__subclasses__())
     return found
 

@@ -6,8 +6,10 @@ every rank raises the same one.
 
 from __future__ import annotations
 
+import builtins
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -44,7 +46,8 @@ def agree(comm: Communicator, error: Exception | None, waiter: Waiter, what: str
     Raises
     ------
     ParckptError
-        Of the class, message and facts of the lowest failing rank's error, `RankError` if that was not one of ours;
+        Of the class, message and facts of the lowest failing rank's error. One that is not ours is a `RankError`, and
+        a builtin exception's class as well, so ``except ValueError`` catches it on every rank;
         ``failures`` has the message of every failing rank. This rank's own error, if any, is its ``__cause__``.
     """
     try:
@@ -104,6 +107,22 @@ def _merge(reports: list[bytes]) -> ParckptError:
     if len(failures) < len(reports):
         others = f", and {len(failures) - 1} more failed" if len(failures) > 1 else ""
         message = f"{message} (rank {lowest}{others})"
-    merged = rebuild(code, message, facts)
+    merged = _as_builtin(message, facts) if code == RankError.code else rebuild(code, message, facts)
     merged.failures = messages
     return merged
+
+
+def _as_builtin(message: str, facts: dict[str, Any]) -> ParckptError:
+    """A `RankError` that is also of the builtin class of the rank's exception, where there is one to be had."""
+    base = getattr(builtins, str(facts.get("type")), None)
+    if isinstance(base, type) and issubclass(base, Exception):
+        try:
+            return _rank_error_class(base)(message, **facts)
+        except TypeError:
+            pass  # a class with a constructor of its own (UnicodeDecodeError)
+    return rebuild(RankError.code, message, facts)
+
+
+@lru_cache(maxsize=None)
+def _rank_error_class(base: type[Exception]) -> type[RankError]:
+    return type(f"Rank{base.__name__}", (RankError, base), {"__module__": RankError.__module__})

@@ -116,15 +116,21 @@ def load_manifest(fs: FileSystem, found: Found) -> Manifest:
     if found.error is not None:
         raise found.error
     try:
-        data = read_file(fs, found.manifest_path, MAX_MANIFEST_NBYTES)
+        manifest = Manifest.decode(_read_manifest(fs, found), found.manifest_path)
+    except IntegrityError:
+        manifest = Manifest.decode(_read_manifest(fs, found), found.manifest_path)  # damage needs proof: a second look
+    for file in manifest.contents.files:
+        _check_size(fs, os.path.join(found.root, file.path), file.nbytes, found)
+    return manifest
+
+
+def _read_manifest(fs: FileSystem, found: Found) -> bytes:
+    try:
+        return read_file(fs, found.manifest_path, MAX_MANIFEST_NBYTES)
     except StorageError as error:
         if error.errno == errno.ENOENT:
             raise CheckpointGoneError(f"{found.path} was deleted while it was being read", path=found.path) from error
         raise
-    manifest = Manifest.decode(data, found.manifest_path)
-    for file in manifest.contents.files:
-        _check_size(fs, os.path.join(found.root, file.path), file.nbytes, found)
-    return manifest
 
 
 def _check_size(fs: FileSystem, path: str, nbytes: int, found: Found) -> None:
@@ -249,6 +255,12 @@ def _chunk_crc(fs: FileSystem, path: str, index: int, manifest: Manifest) -> int
 
 def read_facts(fs: FileSystem, manifest_path: str) -> tuple[Facts | None, ParckptError | None]:
     """Facts of a manifest, or what is wrong with it. What the file system refuses is raised, not reported."""
+    facts, error = _read_facts_once(fs, manifest_path)
+    # Damage needs proof: a second look.
+    return (facts, error) if error is None else _read_facts_once(fs, manifest_path)
+
+
+def _read_facts_once(fs: FileSystem, manifest_path: str) -> tuple[Facts | None, ParckptError | None]:
     try:
         with InputFile(fs, manifest_path) as source:
 

@@ -102,7 +102,7 @@ class Run:
             check=lambda: self.keeper.check(),
         )
         # Where warnings are errors, all ranks must get this one.
-        self._on_root(lambda: [self._warn(message, ConfigWarning) for message in config.warnings])
+        self._on_root(self._warn_of_config)
 
     @property
     def keeper(self) -> Keeper:
@@ -338,6 +338,10 @@ class Run:
             except Exception as problem:  # the other ranks wait for the outcome
                 error = problem
         self.group.agree(error)
+
+    def _warn_of_config(self) -> None:
+        for message in self.config.warnings:
+            self._warn(message, ConfigWarning)
 
     def _warn(self, message: str, category: type[Warning]) -> None:
         if message not in self._warned:

@@ -75,6 +75,9 @@ class Staging:
 
     def begin(self, plan: bytes) -> None:
         """Root: make the directory and put the synced plan in it, before any rank writes."""
+        if try_stat(self.fs, self.path) is not None:
+            # Only this attempt makes this name: a save that was begun and taken back, and could not be removed then.
+            discard(self.fs, self.path, self.stem, self.token)
         self._mkdir(self.path)
         write_file(self.fs, os.path.join(self.path, naming.PLAN), plan, self.modes.file)
         self.fs.sync_directory(self.path)

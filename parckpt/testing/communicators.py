@@ -296,7 +296,7 @@ def the_lowest_rank_gives_the_class(comm: Communicator) -> None:
 def foreign_errors_become_rank_errors(comm: Communicator) -> None:
     own = ZeroDivisionError("by zero") if comm.rank == 0 else None
     raised = _caught(lambda: agree(comm, own, Waiter(LIMIT_S)))
-    assert type(raised) is RankError
+    assert isinstance(raised, RankError)
     assert (raised.rank, raised.type) == (0, "ZeroDivisionError")
     assert raised.failures == {0: "ZeroDivisionError: by zero"}
     assert raised.__cause__ is own

@@ -88,7 +88,7 @@ def test_foreign_errors_name_their_type_and_rank() -> None:
     errors = (None, MemoryError("no more"))
     raised = _agreed(*errors)
     error = _same(raised)
-    assert type(error) is RankError
+    assert isinstance(error, RankError)
     assert (error.rank, error.type) == (1, "MemoryError")
     assert [own.__cause__ for own in raised if own is not None] == list(errors)
 
