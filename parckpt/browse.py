@@ -137,7 +137,7 @@ def open_checkpoint(
         raise CheckpointNotFoundError(f"there is no checkpoint at {absolute}", path=absolute)
     found = find_at(fs, absolute)
     if found is not None:
-        return Checkpoint(fs, found.path, found.root, load_manifest(fs, found))
+        return Checkpoint(fs, found.path, found.root, load_manifest(fs, found), found.manifest_path)
     manifest = foreign.without_checksums(foreign.open_foreign(fs, absolute))
     stat = try_stat(fs, absolute)
     root = absolute if stat is not None and stat.is_dir else os.path.dirname(absolute)
@@ -155,8 +155,11 @@ class Checkpoint(Mapping[str, "StoredArray"]):
         Plain values, decoded.
     """
 
-    def __init__(self, fs: FileSystem, path: str, root: str, manifest: Manifest) -> None:
+    def __init__(
+        self, fs: FileSystem, path: str, root: str, manifest: Manifest, manifest_path: str | None = None
+    ) -> None:
         self.path = path
+        self._manifest_path = manifest_path
         self._fs, self._root, self._manifest = fs, root, manifest
         facts = manifest.facts
         self.step = facts.step
@@ -166,7 +169,7 @@ class Checkpoint(Mapping[str, "StoredArray"]):
         self._rows = {tensor.file_name: row for row, tensor in enumerate(contents.tensors)}
 
     def __getitem__(self, name: str) -> StoredArray:
-        return StoredArray(self._fs, self._root, self._manifest.contents, self._rows[name])
+        return StoredArray(self._fs, self._root, self._manifest.contents, self._rows[name], self._manifest_path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
@@ -181,8 +184,11 @@ class Checkpoint(Mapping[str, "StoredArray"]):
 class StoredArray:
     """One stored tensor: ``c["w"][2:5]`` reads and verifies just the chunks that hold those rows."""
 
-    def __init__(self, fs: FileSystem, root: str, contents: Contents, row: int) -> None:
+    def __init__(
+        self, fs: FileSystem, root: str, contents: Contents, row: int, manifest_path: str | None = None
+    ) -> None:
         self._fs, self._root, self._contents, self._row = fs, root, contents, row
+        self._manifest_path = manifest_path
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -206,7 +212,8 @@ class StoredArray:
     def __getitem__(self, index: Any) -> Any:
         """Read a part: integers, slices and ``...``, as in NumPy."""
         offsets, shape, rest = _bounding(self.shape, index)
-        array = read_box(self._fs, self._root, self._contents, self._row, Box(offsets, shape))
+        box = Box(offsets, shape)
+        array = read_box(self._fs, self._root, self._contents, self._row, box, manifest_path=self._manifest_path)
         return array[rest]
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import json
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -123,6 +123,6 @@ def _as_builtin(message: str, facts: dict[str, Any]) -> ParckptError:
     return rebuild(RankError.code, message, facts)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rank_error_class(base: type[Exception]) -> type[RankError]:
     return type(f"Rank{base.__name__}", (RankError, base), {"__module__": RankError.__module__})

@@ -373,14 +373,16 @@ class Restorer:
             world_size=facts.world_size,
             append_dict={name: appended.decode(value) for name, value in facts.append.items()},
             values={name: values.decode(value) for name, value in facts.values.items()},
-            per_rank=per_rank_mapping(self.fs, choice.root, manifest),
+            per_rank=per_rank_mapping(self.fs, choice.root, manifest, choice.manifest_path),
             state=rebuilt,
             missing=list(matched.missing),
             skipped=list(self._skipped),
         )
 
 
-def per_rank_mapping(fs: FileSystem, root: str, manifest: Manifest) -> dict[str, Sequence[Any]]:
+def per_rank_mapping(
+    fs: FileSystem, root: str, manifest: Manifest, manifest_path: str | None
+) -> dict[str, Sequence[Any]]:
     """Every rank's value of each per-rank leaf; arrays are read when asked for."""
     found: dict[str, Sequence[Any]] = {}
     for name, by_rank in manifest.facts.per_rank_values.items():
@@ -390,14 +392,17 @@ def per_rank_mapping(fs: FileSystem, root: str, manifest: Manifest) -> dict[str,
         rows = [row for row in rows if contents.tensors[row].per_rank >= 0]
         if rows:
             rows.sort(key=lambda row: contents.tensors[row].per_rank)
-            found[name] = PerRankArrays(_reader(fs, root, contents, rows), len(rows))
+            found[name] = PerRankArrays(_reader(fs, root, contents, rows, manifest_path), len(rows))
     return found
 
 
-def _reader(fs: FileSystem, root: str, contents: Contents, rows: list[int]) -> Callable[[int], Any]:
+def _reader(
+    fs: FileSystem, root: str, contents: Contents, rows: list[int], manifest_path: str | None
+) -> Callable[[int], Any]:
     def read(rank: int) -> Any:
         row = rows[rank]
-        return read_box(fs, root, contents, row, whole(contents.tensors[row].global_shape))
+        box = whole(contents.tensors[row].global_shape)
+        return read_box(fs, root, contents, row, box, manifest_path=manifest_path)
 
     return read
 
