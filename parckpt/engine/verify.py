@@ -343,6 +343,9 @@ def _verify_foreign(fs: FileSystem, path: str, report: Report, on_read: OnRead) 
     try:
         index, nbytes = index_file(fs, path)
         report.format = index.format
+        if not index.entries:
+            # Also what is left of a file whose writing never began; loading refuses it, too.
+            raise FormatError(f"{path} ({nbytes} bytes) holds no tensors", path=path, byte_offset=0, field="file")
         crc = StoredCrc(index)
         buffer = aligned_buffer(min(CHUNK_NBYTES, nbytes)) if nbytes else memoryview(b"")
         with InputFile(fs, path) as source:
