@@ -17,6 +17,7 @@ from parckpt.core.config import CheckpointConfig
 from parckpt.core.leaves import Leaf, PerRank, Shard, Spec
 from parckpt.core.shards import flat_shards
 from parckpt.core.state import State
+from parckpt.core.version import VERSION
 from parckpt.engine.progress import Progress
 from parckpt.errors import (
     CheckpointExistsError,
@@ -48,7 +49,7 @@ from parckpt.errors import (
 from parckpt.loadfile import load_checkpoint
 from parckpt.savefile import save_checkpoint
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "SELF",

@@ -14,6 +14,7 @@ from parckpt.core import appended
 from parckpt.core.flat import FlatState
 from parckpt.core.manifest import Facts
 from parckpt.core.state import flatten
+from parckpt.core.version import VERSION
 from parckpt.engine import notyet
 from parckpt.engine.group import Group
 from parckpt.engine.local import LocalState, as_state
@@ -199,6 +200,7 @@ class _Saving:
             reason="save_checkpoint",
             remove_redundancy=self.remove_redundancy,
             crc_check=self.crc_check,
+            writer=f"parckpt {VERSION}",
         )
 
     def _on_root(self, step: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from parckpt.core import appended, naming
 from parckpt.core.config import CheckpointConfig
 from parckpt.core.manifest import Facts
+from parckpt.core.version import VERSION
 from parckpt.engine.saver import Ticket
 
 __all__ = ["Lineage", "Moment", "make_ticket"]
@@ -73,6 +74,7 @@ def make_ticket(lineage: Lineage, moment: Moment, config: CheckpointConfig, worl
         reason=moment.reason,
         remove_redundancy=config.remove_redundancy,
         crc_check=config.crc_check,
+        writer=f"parckpt {VERSION}",
     )
     append: Mapping[str, Any] | None = config.append_dict
     # MindSpore writes this mark from ModelCheckpoint always, from save_checkpoint only when it is asked for.
