@@ -203,7 +203,10 @@ def _single_file(fs: FileSystem, directory: str, stem: str, name: str, manifests
         elif facts is not None and f"{stem}.{naming.EXTENSIONS.get(facts.format, '')}" == name:
             if len(manifests) == 1:
                 return Found(path, manifest_path, directory, stem, facts)
-            readable.append((manifest_path, Manifest.decode(_read(fs, manifest_path), manifest_path)))
+            try:
+                readable.append((manifest_path, Manifest.decode(_read(fs, manifest_path), manifest_path)))
+            except (IntegrityError, FormatError) as problem:
+                errors.append((manifest_path, problem))
     fitting = _fitting(fs, path, readable)
     if fitting is not None:
         return Found(path, fitting[0], directory, stem, fitting[1].facts)
@@ -219,7 +222,10 @@ def _read(fs: FileSystem, path: str) -> bytes:
 
 
 def _fitting(fs: FileSystem, path: str, candidates: list[tuple[str, Manifest]]) -> tuple[str, Manifest] | None:
-    """The manifest that describes the data: by size, then by one chunk in which they differ, then by generation."""
+    """The manifest that describes the data: by size, then by one chunk in which they differ, then the newer one.
+
+    Where data is replaced by the same bytes both fit: then both saves are whole, and the later one counts.
+    """
     stat = try_stat(fs, path)
     if stat is None:
         return None
@@ -230,12 +236,16 @@ def _fitting(fs: FileSystem, path: str, candidates: list[tuple[str, Manifest]]) 
         assert second.chunk_crcs is not None
         differing = (first.chunk_crcs != second.chunk_crcs).nonzero()[0]
         if len(differing) == 0:
-            left.remove(min(left[:2], key=lambda c: c[1].facts.generation))
+            left.remove(min(left[:2], key=lambda c: _recency(c[1].facts)))
             continue
         index = int(differing[0])
         crc = _chunk_crc(fs, path, index, left[0][1])
         left = [c for c in left if _crc_at(c[1], index) == crc]
     return left[0] if left else None
+
+
+def _recency(facts: Facts) -> tuple[int, int, float]:
+    return facts.generation, facts.sequence, facts.created
 
 
 def _crc_at(manifest: Manifest, index: int) -> int:

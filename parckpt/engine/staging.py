@@ -6,18 +6,22 @@ Nothing here is collective: root and the ranks call their parts, the saver keeps
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from parckpt.core import naming
 from parckpt.engine.catalog import manifest_stem, read_facts
-from parckpt.errors import CheckpointExistsError, StorageError
+from parckpt.errors import CheckpointExistsError, ParckptError, StorageError
 from parckpt.storage.atomic import move_new, remove_tree, swap, write_file
 from parckpt.storage.filesystem import FileSystem, opened, try_stat
 
 __all__ = ["Modes", "Staging", "discard"]
+
+log = logging.getLogger("parckpt")
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Staging:
         if replace and try_stat(self.fs, self.final_directory) is not None:
             reserved = os.path.join(self.directory, naming.replaced_name(self.stem, self.token))
             swap(self.fs, self.path, self.final_directory, reserved)
-            discard(self.fs, reserved, self.stem, self.token)
+            self._clean(lambda: self._discard_replaced(reserved))
         else:
             move_new(self.fs, self.path, self.final_directory)
             self.fs.sync_directory(self.directory)
@@ -122,38 +126,55 @@ class Staging:
         ------
         CheckpointExistsError
             If the name is taken and ``replace`` is False.
+        StorageError
+            The data has not taken its name, and the manifest is gone again; or only the last sync failed: then both
+            are there, and whole.
         """
         if not replace and try_stat(self.fs, self.final_file) is not None:
             raise CheckpointExistsError(f"{self.final_file} exists already", path=self.final_file)
         staged = os.path.join(self.path, naming.MANIFEST)
         write_file(self.fs, staged, manifest, self.modes.file)
         self.fs.sync_directory(self.path)
-        move_new(self.fs, staged, self.final_manifest)
-        self.fs.sync_directory(self.directory)
         data = os.path.join(self.path, self.data_path(0))
-        if replace:
-            self.fs.rename(data, self.final_file)
-        else:
-            move_new(self.fs, data, self.final_file)
-        self.fs.sync_directory(self.directory)
-        self._drop_old_manifests()
-        discard(self.fs, self.path, self.stem, self.token)
+        try:
+            move_new(self.fs, staged, self.final_manifest)
+            self.fs.sync_directory(self.directory)
+            if replace:
+                self.fs.rename(data, self.final_file)
+            else:
+                move_new(self.fs, data, self.final_file)
+            self.fs.sync_directory(self.directory)
+        except ParckptError:
+            with suppress(StorageError):
+                self._withdraw_manifest(data)
+            raise
+        self._clean(self._drop_old_manifests)
+        self._clean(lambda: discard(self.fs, self.path, self.stem, self.token))
         return self.final_file
+
+    def _withdraw_manifest(self, data: str) -> None:
+        """Remove the manifest again unless the data has its name: data without manifest would be foreign."""
+        staged, there = try_stat(self.fs, data), try_stat(self.fs, self.final_file)
+        moved = staged is None or (there is not None and (staged.device, staged.inode) == (there.device, there.inode))
+        if not moved:
+            self.fs.unlink(self.final_manifest)
 
     def abort(self, reason: str) -> None:
         """Root: mark the save as rejected, so that nobody finalizes it later, then remove it as far as possible.
 
-        On a full disk the mark cannot be written; removing the plan makes it unfinalizable as well.
+        On a full disk the mark cannot be written; removing the plan makes it unfinalizable as well. Does nothing if
+        there is no staging directory: nothing was begun, or all of it was published.
         """
-        if try_stat(self.fs, self.path) is None:
-            return
         mark = os.path.join(self.path, naming.ABORTED)
         try:
             write_file(self.fs, mark, reason.encode("utf-8", "replace"), self.modes.file)
-        except (StorageError, CheckpointExistsError):
+            self.fs.sync_directory(self.path)
+        except (StorageError, CheckpointExistsError) as error:
+            if isinstance(error, StorageError) and error.errno == errno.ENOENT:
+                return
             with suppress(StorageError):
                 self.fs.unlink(os.path.join(self.path, naming.PLAN))
-        self.fs.sync_directory(self.path)
+                self.fs.sync_directory(self.path)
         discard(self.fs, self.path, self.stem, self.token)
 
     def tidy(self, ranks: Sequence[int], *, root: bool) -> None:
@@ -163,6 +184,19 @@ class Staging:
                 self.fs.unlink(os.path.join(self.final_directory, naming.rank_directory(rank), naming.RECORD))
             if root:
                 self.fs.unlink(os.path.join(self.final_directory, naming.PLAN))
+
+    def _clean(self, step: Callable[[], None]) -> None:
+        """After the publish nothing may fail the save any more: what stays, the next start sweeps."""
+        try:
+            step()
+        except StorageError as error:
+            log.warning("%s is published, but something could not be cleaned up: %s", self.stem, error)
+
+    def _discard_replaced(self, reserved: str) -> None:
+        """The old directory is at its reserved name, or where the new one was, if it could not be moved on."""
+        for path in (reserved, self.path):
+            if try_stat(self.fs, path) is not None:
+                discard(self.fs, path, self.stem, self.token)
 
     def _drop_old_manifests(self) -> None:
         """Remove the manifests of the data that was replaced; `x.ckpt` and `x.safetensors` keep their own."""

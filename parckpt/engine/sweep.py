@@ -5,16 +5,17 @@ Called on root only, with the directory's lock held. Touches only names of its o
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from parckpt.core import naming
 from parckpt.core.manifest import Facts, Manifest, Plan, Record, assemble, coverage
 from parckpt.engine.catalog import MAX_MANIFEST_NBYTES, find_at, manifest_stem, read_facts, scan
 from parckpt.engine.staging import Modes, Staging, discard
-from parckpt.errors import FormatError, IntegrityError, StorageError
+from parckpt.errors import FormatError, IntegrityError, StorageError, UnsupportedVersionError
 from parckpt.storage.atomic import move_new, read_file, remove_tree
 from parckpt.storage.filesystem import FileSystem, try_stat
 
@@ -45,11 +46,16 @@ def recover(
     """
     published: list[str] = []
     removed: list[tuple[str, str]] = []
-    hidden = [(name, *parts) for name in fs.listdir(directory) if (parts := parse_hidden(name)) and belongs(parts[0])]
+    names = fs.listdir(directory)
+    hidden = [(name, *parts) for name in names if (parts := parse_hidden(name)) and belongs(parts[0])]
     for name, stem, kind, token in hidden:
         if kind == "staging":
             path = os.path.join(directory, name)
-            done, why = finalize(fs, directory, stem, token, check, modes)
+            try:
+                done, why = finalize(fs, directory, stem, token, check, modes)
+            except UnsupportedVersionError as error:
+                log.warning("left %s alone: %s", path, error)
+                continue
             if done:
                 published.append(done)
                 log.info("published %s, which an earlier start had completed", done)
@@ -58,15 +64,17 @@ def recover(
                 removed.append((path, why))
                 log.info("removed %s: %s", path, why)
     # Only now: a staging directory that was published may be what a replaced one waits for.
+    _settle_replaced(fs, directory, [(name, stem, token) for name, stem, kind, token in hidden if kind == "replaced"])
     for name, stem, kind, token in hidden:
         path = os.path.join(directory, name)
-        if kind == "replaced":
-            _settle_replaced(fs, directory, path, stem, token)
-        elif kind == "trash":
+        if kind == "trash":
             remove_tree(fs, path)
         elif kind == "bad" and not _names(fs, directory, stem, token):
             fs.unlink(path)
     _drop_orphan_manifests(fs, directory, belongs)
+    for name in fs.listdir(directory):
+        if naming.parse_stem(name) is not None and belongs(name):
+            _tidy(fs, os.path.join(directory, name))
     return Swept(tuple(published), tuple(removed))
 
 
@@ -79,6 +87,13 @@ def finalize(
     -------
     (path, reason)
         The published path, or None and why not.
+
+    Raises
+    ------
+    StorageError
+        Something cannot be read: that proves nothing, so it is neither published nor given up.
+    UnsupportedVersionError
+        A newer parckpt wrote it.
     """
     manifest, why = judge(fs, directory, stem, token)
     if manifest is None:
@@ -109,9 +124,13 @@ def judge(fs: FileSystem, directory: str, stem: str, token: str) -> tuple[Manife
         plan = Plan.decode(_read(fs, os.path.join(path, naming.PLAN)), path)
         if plan.facts.token != token or plan.facts.stem != stem:
             return None, "its plan belongs to another save"
-        records = _records(fs, path, plan)
+    except UnsupportedVersionError:
+        raise
     except (IntegrityError, FormatError, StorageError) as error:
+        if isinstance(error, StorageError) and error.errno != errno.ENOENT:
+            raise
         return None, f"its plan cannot be read: {error}"
+    records = _records(fs, path, plan)
     missing = coverage(plan, [record.rank for record in records])
     if missing.boxes or (missing.per_rank and plan.facts.kind != "breakpoint"):
         lacking = [*missing.boxes, *missing.per_rank]
@@ -119,8 +138,15 @@ def judge(fs: FileSystem, directory: str, stem: str, token: str) -> tuple[Manife
     rival = _rival(fs, directory, plan.facts)
     if rival is not None:
         return None, f"{rival} was published since"
+    staging = Staging(fs, directory, stem, token, naming.EXTENSIONS[plan.facts.format])
+    final = staging.final_file if plan.facts.integrated else staging.final_directory
+    if try_stat(fs, final) is not None and not _replaces(fs, final, plan.facts):
+        return None, f"{final} is another checkpoint"
     facts = replace(plan.facts, missing=missing.per_rank, reason=plan.facts.reason or "finalized")
-    return assemble(plan, records, facts), ""
+    try:
+        return assemble(plan, records, facts), ""
+    except (IntegrityError, FormatError) as error:
+        return None, f"its records do not fit its plan: {error}"
 
 
 def parse_hidden(name: str) -> tuple[str, str, str] | None:
@@ -140,7 +166,13 @@ def _records(fs: FileSystem, path: str, plan: Plan) -> list[Record]:
         record_path = os.path.join(path, naming.rank_directory(rank), naming.RECORD)
         if try_stat(fs, record_path) is None:
             continue
-        record = Record.decode(_read(fs, record_path), record_path)
+        try:
+            record = Record.decode(_read(fs, record_path), record_path)
+        except UnsupportedVersionError:
+            raise
+        except (IntegrityError, FormatError) as error:
+            log.warning("a record does not count: %s", error)
+            continue
         own = os.path.join(naming.rank_directory(rank), f"{plan.facts.stem}.{naming.EXTENSIONS[plan.facts.format]}")
         stat = try_stat(fs, os.path.join(path, own))
         named = os.path.basename(own) if plan.facts.integrated else own
@@ -156,10 +188,14 @@ def _records(fs: FileSystem, path: str, plan: Plan) -> list[Record]:
 
 
 def _rival(fs: FileSystem, directory: str, facts: Facts) -> str | None:
-    """A published checkpoint of another attempt at the same or a later step."""
+    """A published checkpoint of another attempt at the same or a later step, or a later one of this very name."""
     for found in scan(fs, directory, facts.family):
         other = found.facts
-        if other is not None and other.attempt != facts.attempt and other.step >= facts.step:
+        if other is None:
+            continue
+        elsewhere = other.attempt != facts.attempt and other.step >= facts.step
+        superseded = (other.stem, other.format) == (facts.stem, facts.format) and other.sequence >= facts.sequence
+        if elsewhere or superseded:
             return found.path
     return None
 
@@ -176,15 +212,30 @@ def _replaces(fs: FileSystem, path: str, facts: Facts) -> bool:
     )
 
 
-def _settle_replaced(fs: FileSystem, directory: str, path: str, stem: str, token: str) -> None:
-    """The old directory of an interrupted replacement: back to its name, or away when the new one has it."""
-    final = os.path.join(directory, stem)
-    if try_stat(fs, final) is None:
-        move_new(fs, path, final)
-        fs.sync_directory(directory)
-        log.info("put %s back: its replacement was not completed", final)
-    else:
-        discard(fs, path, stem, token)
+def _settle_replaced(fs: FileSystem, directory: str, replaced: Sequence[tuple[str, str, str]]) -> None:
+    """Of interrupted replacements: the newest goes back to its name, or all go if the new one has it."""
+    paths = {name: os.path.join(directory, name) for name, _, _ in replaced}
+    facts = {name: read_facts(fs, os.path.join(path, naming.MANIFEST))[0] for name, path in paths.items()}
+    age = {name: -1 if known is None else known.sequence for name, known in facts.items()}
+    for name, stem, token in sorted(replaced, key=lambda item: age[item[0]], reverse=True):
+        final = os.path.join(directory, stem)
+        if try_stat(fs, final) is None:
+            move_new(fs, paths[name], final)
+            fs.sync_directory(directory)
+            log.info("put %s back: its replacement was not completed", final)
+        elif read_facts(fs, os.path.join(final, naming.MANIFEST))[0] is not None:
+            discard(fs, paths[name], stem, token)
+
+
+def _tidy(fs: FileSystem, path: str) -> None:
+    """Remove plan and records of a published directory, where a crash or a failed save left them; the plan last."""
+    plan = os.path.join(path, naming.PLAN)
+    if try_stat(fs, plan) is None:
+        return
+    for name in fs.listdir(path):
+        if naming.parse_rank_directory(name) is not None:
+            _drop_stale(fs, os.path.join(path, name, naming.RECORD))
+    fs.unlink(plan)
 
 
 def _names(fs: FileSystem, directory: str, stem: str, token: str) -> bool:

@@ -214,8 +214,7 @@ def swap(fs: FileSystem, new: str, current: str, reserved: str) -> None:
     CheckpointExistsError
         If ``reserved`` is taken; nothing was changed.
     StorageError
-        The old directory was put back to ``current`` where that was possible. If only the last sync failed, the new
-        one is in place, but perhaps not after a loss of power.
+        The old directory was put back to ``current`` where that was possible, and ``new`` is ``new`` again.
 
     Notes
     -----
@@ -241,8 +240,9 @@ def swap(fs: FileSystem, new: str, current: str, reserved: str) -> None:
     4. sync                             as 3, now for certain
     ==================================  =================  =================  =================
 
-    In state 1 the old content is at the staging name, where its token does not fit the name: debris. Never call
-    `swap` again to finish an interrupted one: it would exchange the two back.
+    In state 1 the old content is at the staging name, where its token does not fit the name: debris. After 2 the new
+    one is in place for good: if 3 or 4 fails, nothing is raised, and the old content may still be at ``new``. Never
+    call `swap` again to finish an interrupted one: it would exchange the two back.
     """
     if try_stat(fs, reserved) is not None:
         raise CheckpointExistsError(f"{reserved!r} exists already; {current!r} was not replaced", path=reserved)
@@ -252,9 +252,15 @@ def swap(fs: FileSystem, new: str, current: str, reserved: str) -> None:
     except UnsupportedOperation:
         _swap_flagless(fs, new, current, reserved, parents)
         return
-    _sync(fs, parents)
-    fs.rename(new, reserved)
-    _sync(fs, parents)
+    try:
+        _sync(fs, parents)
+    except StorageError:
+        with suppress(StorageError):
+            fs.exchange(new, current)
+        raise
+    with suppress(StorageError):
+        fs.rename(new, reserved)
+        _sync(fs, parents)
 
 
 def _swap_flagless(fs: FileSystem, new: str, current: str, reserved: str, parents: list[str]) -> None:
@@ -266,7 +272,13 @@ def _swap_flagless(fs: FileSystem, new: str, current: str, reserved: str, parent
         with suppress(StorageError):
             fs.rename(reserved, current)
         raise
-    _sync(fs, parents)
+    try:
+        _sync(fs, parents)
+    except StorageError:
+        with suppress(StorageError):
+            fs.rename(current, new)
+            fs.rename(reserved, current)
+        raise
 
 
 def remove_tree(fs: FileSystem, path: str) -> None:

@@ -64,10 +64,14 @@ def make_state(rank: int, size: int, version: int = 0) -> dict[str, Any]:
         "count": np.zeros((), "i8"),
         "none": np.zeros((0, 2), "f4"),
         "sched": {"version": 0, "lr": 0.0},
-        "place": parckpt.PerRank(0, on_resize=list),
+        "place": parckpt.PerRank(0, on_resize=_all),
     }
     fill(state, rank, size, version)
     return state
+
+
+def _all(values: Sequence[Any], rank: int, size: int) -> list[Any]:
+    return list(values)
 
 
 def fill(state: dict[str, Any], rank: int, size: int, version: int) -> None:
@@ -78,7 +82,7 @@ def fill(state: dict[str, Any], rank: int, size: int, version: int) -> None:
     state["b"][...] = np.arange(5) + version
     state["count"][...] = version
     state["sched"]["version"], state["sched"]["lr"] = version, version / 7
-    state["place"] = parckpt.PerRank(1000 * rank + version, on_resize=list)
+    state["place"] = parckpt.PerRank(1000 * rank + version, on_resize=_all)
 
 
 def _whole(version: int) -> np.ndarray[Any, Any]:
@@ -163,22 +167,21 @@ def restore(fs: FileSystem, mode: str, size: int, **request: Any) -> tuple[int, 
 
 
 def unexpected(fs: MemoryFileSystem) -> list[str]:
-    """What is in the directory beside whole checkpoints and the run file, once a start has swept and a run has left."""
+    """What is in the directory beside whole checkpoints and the run file, once a start has swept and a run has left.
+
+    A record that a loss of power brought back into a published directory does no harm and is not searched for: 4,096
+    ranks would take a start too long.
+    """
     names = fs.listdir(DIRECTORY)
-    wrong = []
-    stems = {name.rpartition(".")[0] for name in names if (p := naming.parse(name)) and p.kind == "data"}
-    manifests = [str(p.stem) for name in names if (p := naming.parse(name)) and p.kind == "manifest"]
-    for name in names:
-        parsed = naming.parse(name)
-        if name == naming.run_name(PREFIX):
-            continue
-        if parsed is None or parsed.kind not in ("data", "manifest", "step"):
-            wrong.append(name)
-        elif parsed.kind == "data" and manifests.count(str(parsed.stem)) != 1:
-            wrong.append(name)
-        elif parsed.kind == "manifest" and str(parsed.stem) not in stems:
-            wrong.append(name)
-        elif parsed.kind == "step":
+    parsed = {name: naming.parse(name) for name in names if name != naming.run_name(PREFIX)}
+    data = [str(one.stem) for one in parsed.values() if one and one.kind == "data"]
+    manifests = [str(one.stem) for one in parsed.values() if one and one.kind == "manifest"]
+    wrong = [name for name, one in parsed.items() if one is None or one.kind not in ("data", "manifest", "step")]
+    wrong += [
+        f"manifests of {stem}" for stem in {*data, *manifests} if (data.count(stem), manifests.count(stem)) != (1, 1)
+    ]
+    for name, one in parsed.items():
+        if one and one.kind == "step":
             wrong += [f"{name}/{inner}" for inner in _unexpected_inside(fs, os.path.join(DIRECTORY, name), name)]
     return wrong
 
@@ -190,5 +193,5 @@ def _unexpected_inside(fs: MemoryFileSystem, path: str, stem: str) -> Iterator[s
                 yield name
             continue
         for inner in fs.listdir(os.path.join(path, name)):
-            if inner.rpartition(".")[0] != stem:
+            if inner.rpartition(".")[0] != stem and inner != naming.RECORD:
                 yield f"{name}/{inner}"
