@@ -74,6 +74,15 @@ class Source:
             self._port = Port(self.array(), self.dtype.numpy)
         return self._port
 
+    def flat(self, box: Box) -> npt.NDArray[np.uint8] | None:
+        """All bytes of a part of the box as one view, if the array is plain memory and the part is one run of it."""
+        array = self.array()
+        if box != self.box:
+            array = array[slices(shift(box, self.box.offsets), (0,) * len(box.shape))]
+        if not array.flags.c_contiguous or array.dtype != self.dtype.numpy:
+            return None
+        return array.reshape(-1).view(np.uint8)
+
     def blocks(self, box: Box, max_nbytes: int) -> Iterator[npt.NDArray[np.uint8]]:
         """Bytes of a part of the box (global coordinates) in C order, as `byte_blocks`."""
         part = self.array()[slices(shift(box, self.box.offsets), (0,) * len(box.shape))] if box != self.box else None

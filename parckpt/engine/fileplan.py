@@ -29,36 +29,20 @@ class FilePlan:
         Content of each appended value.
     nboxes : int
         How many of the entries are boxes.
+    record_columns : mapping
+        The static columns of this file's `Record`.
     """
 
     layout: FileLayout
     entries: tuple[Entry, ...]
     contents: tuple[bytes, ...]
     nboxes: int
-    box_entry: Column
-    entry_names: tuple[str, ...]
+    record_columns: Mapping[str, Any]
 
     @property
     def nbytes(self) -> int:
         """Length of the file."""
         return self.layout.nbytes
-
-    def record_columns(self) -> dict[str, Any]:
-        """The static columns of this file's `Record`."""
-        rows = sorted(
-            (part.entry, part.start, part.byte_offset, part.nbytes)
-            for part in self.layout.parts
-            if isinstance(part, Extent) and part.entry < self.nboxes and part.nbytes
-        )
-        columns = np.array(rows, "<u8").reshape(-1, 4)
-        return {
-            "box_entry": self.box_entry,
-            "entry_names": self.entry_names,
-            "box_extents": np.bincount(columns[:, 0].astype(np.int64), minlength=self.nboxes).astype("<u4"),
-            "extent_start": np.ascontiguousarray(columns[:, 1]),
-            "extent_byte_offset": np.ascontiguousarray(columns[:, 2]),
-            "extent_nbytes": np.ascontiguousarray(columns[:, 3]),
-        }
 
 
 def plan_file(
@@ -111,9 +95,24 @@ def plan_file(
         tuple(entries),
         tuple(content for _, content in append),
         len(boxes),
-        np.array(index, "<u4"),
-        tuple(extra),
+        {"box_entry": np.array(index, "<u4"), "entry_names": tuple(extra), **_extent_columns(layout, len(boxes))},
     )
+
+
+def _extent_columns(layout: FileLayout, nboxes: int) -> dict[str, Column]:
+    """Where each box's bytes lie."""
+    rows = sorted(
+        (part.entry, part.start, part.byte_offset, part.nbytes)
+        for part in layout.parts
+        if isinstance(part, Extent) and part.entry < nboxes and part.nbytes
+    )
+    columns = np.array(rows, "<u8").reshape(-1, 4)
+    return {
+        "box_extents": np.bincount(columns[:, 0].astype(np.int64), minlength=nboxes).astype("<u4"),
+        "extent_start": np.ascontiguousarray(columns[:, 1]),
+        "extent_byte_offset": np.ascontiguousarray(columns[:, 2]),
+        "extent_nbytes": np.ascontiguousarray(columns[:, 3]),
+    }
 
 
 def _check_unique(entries: Sequence[Entry]) -> None:

@@ -19,11 +19,12 @@ from parckpt.engine.arrays import Source
 from parckpt.engine.chunks import NBUFFERS, ChunkWriter
 from parckpt.engine.filecrc import GatheredCrc, local_crc
 from parckpt.engine.fileplan import FilePlan, plan_file
+from parckpt.engine.gathering import GatherPlan, Owners, stream_gathered
 from parckpt.engine.group import Group
 from parckpt.engine.local import LocalState
 from parckpt.engine.planning import Planned
 from parckpt.engine.staging import Staging
-from parckpt.engine.writing import GatherPlan, finish, stream_gathered, stream_local
+from parckpt.engine.writing import finish, stream_local
 from parckpt.formats.base import Entry, Extent, Format
 from parckpt.formats.safetensors import MINDSPORE_METADATA
 from parckpt.storage.direct import OutputFile, aligned_buffer
@@ -51,6 +52,39 @@ class Written:
     fingerprint: npt.NDArray[np.uint32]
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """What follows from a save plan alone, kept while it holds.
+
+    Attributes
+    ----------
+    own : list of (int, Box)
+        Tensor and box of everything this rank writes or sends.
+    boxes : list of (TensorRow, Box)
+        What this rank's file holds, in order; of one integrated file the same on all ranks.
+    owners : Owners or None
+        Of an integrated file's boxes.
+    """
+
+    plan_hash: str
+    own: list[tuple[int, Box]]
+    boxes: list[tuple[TensorRow, Box]]
+    owners: Owners | None
+
+    @classmethod
+    def of(cls, planned: Planned, rank: int) -> _Layout:
+        save = planned.save
+        own = save.boxes_of(rank)
+        if not save.integrated:
+            return cls(planned.hash, own, [(planned.tensors[tensor], box) for tensor, box in own], None)
+        mine: dict[int, list[tuple[int, Box]]] = {}
+        for tensor, box in own:
+            mine.setdefault(tensor, []).append((rank, box))
+        # Only root needs to know what the others send.
+        pairs = save.pieces_of if rank == 0 else lambda tensor: mine.get(tensor, [])
+        return cls(planned.hash, own, planned.whole_tensors(), Owners(planned.tensors, pairs))
+
+
 class Writers:
     """Writes files, with buffers and layouts kept from save to save."""
 
@@ -58,16 +92,17 @@ class Writers:
         self.group, self.form, self.crc_check = group, form, crc_check
         self._buffers: list[memoryview] = []
         self._last_plan: tuple[tuple[Any, ...], FilePlan] | None = None
+        self._last_layout: _Layout | None = None
 
     def write_own(self, job: Job) -> Written:
         """Write this rank's file and record into staging, synced. Not collective."""
         rank = self.group.rank
-        boxes = job.planned.written_by(rank)
-        sources = [(job.local.source(tensor.name, box), box) for tensor, box in boxes]
-        plan = self._plan(job, boxes, 0 if self.crc_check else None)
+        layout = self._layout(job)
+        sources = [(job.local.source(tensor.name, box), box) for tensor, box in layout.boxes]
+        plan = self._plan(job, layout, 0 if self.crc_check else None)
         if self.crc_check and self.form.crc_first:
             crc = local_crc(plan, [lambda s=s, b=b: s.blocks(b, CHUNK_NBYTES) for s, b in sources])  # type: ignore[misc]
-            plan = self._plan(job, boxes, crc)
+            plan = self._plan(job, layout, crc)
         job.staging.make_rank_directory(rank)
         path = job.staging.data_path(rank)
         with self._open(job, path, plan) as output, self._writer(output, plan) as writer:
@@ -80,15 +115,13 @@ class Writers:
 
     def write_gathered(self, job: Job) -> tuple[Written | None, Exception | None]:
         """Write one file and its record on root. Collective; errors are returned, to be agreed on."""
-        boxes = job.planned.whole_tensors()
-        owners = tuple(tuple(job.planned.save.pieces_of(index)) for index in range(len(boxes)))
-        held = _held(job, self.group.rank)
+        layout = self._layout(job)
+        held = {(index, box): job.local.source(job.planned.tensors[index].name, box) for index, box in layout.own}
         crc: int | None = 0 if self.crc_check else None
         error: Exception | None = None
         if self.crc_check and self.form.crc_first:
-            crc, error = self._gathered_crc(GatherPlan(self._plan(job, boxes, 0), job.planned.tensors, owners), held)
-        plan = self._plan(job, boxes, crc)
-        gather = GatherPlan(plan, job.planned.tensors, owners)
+            crc, error = self._gathered_crc(self._gather(job, layout, 0), held)
+        gather = self._gather(job, layout, crc)
         if not self.group.is_root:
             streaming = stream_gathered(self.group, gather, held, None)
             self.group.gather(_pack(job.local))
@@ -152,14 +185,23 @@ class Writers:
         data = self.group.bcast(crc.to_bytes(8, "little") if self.group.is_root else None)
         return int.from_bytes(data, "little"), error
 
-    def _plan(self, job: Job, boxes: list[tuple[TensorRow, Box]], crc: int | None) -> FilePlan:
+    def _layout(self, job: Job) -> _Layout:
+        if self._last_layout is None or self._last_layout.plan_hash != job.planned.hash:
+            self._last_layout = _Layout.of(job.planned, self.group.rank)
+        return self._last_layout
+
+    def _gather(self, job: Job, layout: _Layout, crc: int | None) -> GatherPlan:
+        assert layout.owners is not None
+        return GatherPlan(self._plan(job, layout, crc), layout.owners)
+
+    def _plan(self, job: Job, layout: _Layout, crc: int | None) -> FilePlan:
         """Lay the file out; the last layout is kept while all that it depends on is the same."""
         extra = [_appended(self.form, name, value) for name, value in job.append.items()]
         key = (job.planned.hash, crc, tuple(entry for entry, _ in extra))
         if self._last_plan is None or self._last_plan[0] != key:
             metadata = {**MINDSPORE_METADATA, **job.marks}
             integrated = job.facts.integrated
-            plan = plan_file(self.form, boxes, extra, integrated=integrated, crc=crc, metadata=metadata)
+            plan = plan_file(self.form, layout.boxes, extra, integrated=integrated, crc=crc, metadata=metadata)
             self._last_plan = (key, plan)
         return replace(self._last_plan[1], contents=tuple(content for _, content in extra))
 
@@ -196,16 +238,8 @@ class Writers:
             append={name: appended.encode(value) for name, value in job.append.items()},
             values=shared,
             per_rank_values=own,
-            **plan.record_columns(),
+            **plan.record_columns,
         )
-
-
-def _held(job: Job, rank: int) -> dict[tuple[int, Box], Source]:
-    """This rank's source for each (tensor, box) it is to send."""
-    return {
-        (tensor, box): job.local.source(job.planned.tensors[tensor].name, box)
-        for tensor, box in job.planned.save.boxes_of(rank)
-    }
 
 
 def _appended(form: Format, name: str, value: Any) -> tuple[Entry, bytes]:
