@@ -26,13 +26,14 @@ from parckpt.engine.group import Group
 from parckpt.engine.local import LocalState, as_state
 from parckpt.engine.progress import Progress
 from parckpt.engine.restorer import Request
-from parckpt.engine.rounds import meet, raise_mismatch
+from parckpt.engine.rounds import meet, peer_left, raise_mismatch
 from parckpt.engine.run import Prepared, Run
 from parckpt.errors import (
     ConfigError,
     ConfigTypeError,
     ParckptError,
     StateMismatchError,
+    TimeoutExpiredError,
 )
 from parckpt.signals import deferred_interrupt
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem
@@ -94,6 +95,7 @@ class ModelCheckpoint:
         self._spoiled: list[str] = []
         self._failed_in_a_row = 0
         self._updating: int | None = None
+        self._left = False  # all ranks have left together: what is left to do waits for nobody
         #: Path of the last published checkpoint; empty before the first.
         self.latest_ckpt_file_name = ""
         #: Whether this rank found a save due at the last step, and why; root's decision counts.
@@ -328,11 +330,15 @@ class ModelCheckpoint:
         if self._closed:
             return
         with deferred_interrupt():
-            self._closed = True
             try:
-                self._run.close()
+                if not self._left:
+                    self._leave(by_error=False, save=False)
             finally:
-                self._group.comm.free()
+                self._closed = True
+                try:
+                    self._run.close()
+                finally:
+                    self._group.comm.free()
 
     def __enter__(self) -> ModelCheckpoint:
         return self
@@ -341,7 +347,10 @@ class ModelCheckpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if not self._closed:
+            if not self._closed and not self._left:
+                if isinstance(error, Exception) and not isinstance(error, ParckptError):
+                    # Now, not when the others are there: until they are, nobody would know why this rank waits.
+                    log.error("rank %d leaves because of an exception", self._group.rank, exc_info=error)
                 with deferred_interrupt():
                     self._leave(by_error=error is not None)
         except ParckptError as problem:
@@ -354,19 +363,29 @@ class ModelCheckpoint:
     # -- below the surface ----------------------------------------------------------------------------------------
 
     def _round(
-        self, call: Call, step: int, prepared: Prepared, *, due: bool = False, by_error: bool = False
+        self,
+        call: Call,
+        step: int,
+        prepared: Prepared,
+        *,
+        due: bool = False,
+        due_at_end: bool = False,
+        by_error: bool = False,
     ) -> Agreement:
         """Meet the other ranks; what root had begun on a guess is taken back unless all save. Collective."""
         if self._closed:
             raise ConfigError("this ModelCheckpoint is closed")
+        self._left = call is Call.LEAVE
         voice = Voice(
             call=call,
             step=step,
             due=due,
+            due_at_end=due_at_end,
             failed=prepared.error is not None,
             left_by_error=by_error,
             plan_changed=prepared.changed,
-            unprepared=(prepared.ticket if self._group.is_root else prepared.local) is None,
+            unprepared=prepared.failure is not None
+            or (prepared.ticket if self._group.is_root else prepared.local) is None,
         )
         agreed: Agreement | None = None
         try:
@@ -376,28 +395,39 @@ class ModelCheckpoint:
                 self._run.drop(prepared)
         return agreed
 
-    def _leave(self, *, by_error: bool) -> None:
+    def _leave(self, *, by_error: bool, save: bool = True) -> None:
         """Answer the other ranks' rounds until all are leaving; then the last save, unless somebody failed."""
-        mishap: ParckptError | None = None
+        mishap: Exception | None = None
         while True:
             failed = by_error or mishap is not None
-            ending = self._decide(self._step, ending=True).save and self._state_or_none() is not None
+            unsaved = False
             try:
-                agreed = self._round(Call.LEAVE, self._step, Prepared(), due=ending and not failed, by_error=failed)
+                unsaved = save and not failed and self._has_unsaved()
+            except Exception as error:  # user code: the others must not wait for this rank
+                mishap = error
+                continue
+            try:
+                agreed = self._round(Call.LEAVE, self._step, Prepared(), due_at_end=unsaved, by_error=failed)
+            except TimeoutExpiredError:
+                raise
             except ParckptError as error:
-                if isinstance(error, TimeoutError):
-                    raise
                 mishap = error
                 continue
             if agreed.action is Action.END:
                 break
-        if mishap is not None and not by_error:
-            raise mishap
-        if agreed.left_by_error or not agreed.due:
+        if agreed.left_by_error:
+            left = peer_left(self._group, by_error or mishap is not None)
+            if by_error:
+                return
+            raise mishap or left
+        if not agreed.due_at_end:
             return
         if agreed.first_step != agreed.last_step:
             raise_mismatch(self._group, Call.LEAVE, self._step)
         self._save(Prepared(), agreed, "end")
+
+    def _has_unsaved(self) -> bool:
+        return self._decide(self._step, ending=True).save and self._state_or_none() is not None
 
     def _save(self, prepared: Prepared, agreed: Agreement, reason: str) -> None:
         try:
@@ -413,7 +443,7 @@ class ModelCheckpoint:
         """Raise or warn, as configured; the step stays due, so the next one tries again."""
         self._failed_in_a_row += 1
         patient = self.config.on_save_error == "warn" and self._failed_in_a_row < self.config.max_failed_saves
-        if not patient or isinstance(error, TimeoutError):
+        if not patient or isinstance(error, TimeoutExpiredError):
             raise error
         if self._group.is_root:
             log.warning("save %d of %d in a row failed: %s", self._failed_in_a_row, self.config.max_failed_saves, error)

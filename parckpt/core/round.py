@@ -53,6 +53,8 @@ class Voice:
         Step of this call, or the last one known.
     due : bool
         This rank wants a save (root by the policy; any rank by a request or a signal).
+    due_at_end : bool
+        This rank is leaving and has something unsaved: that counts once all are leaving.
     severity : int
         0 none; higher: how urgently a stop was asked for.
     milliseconds_left : int or None
@@ -72,6 +74,7 @@ class Voice:
     call: Call
     step: int
     due: bool = False
+    due_at_end: bool = False
     severity: int = 0
     milliseconds_left: int | None = None
     busy: bool = False
@@ -90,6 +93,7 @@ class Agreement:
     first_step: int
     last_step: int
     due: bool
+    due_at_end: bool
     severity: int
     milliseconds_left: int | None
     busy: bool
@@ -104,7 +108,7 @@ class Agreement:
         object.__setattr__(self, "action", _action(self))
 
 
-_MAXIMA = ("due", "severity", "busy", "failed", "left_by_error", "plan_changed", "unprepared")
+_MAXIMA = ("due", "due_at_end", "severity", "busy", "failed", "left_by_error", "plan_changed", "unprepared")
 NCALLS = len(Call)
 NVALUES = NCALLS + 4 + len(_MAXIMA)
 

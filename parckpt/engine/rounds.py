@@ -9,7 +9,7 @@ from parckpt.core.round import Action, Agreement, Call, Voice, merge, pack
 from parckpt.engine.group import Group
 from parckpt.errors import RankError, StepMismatchError
 
-__all__ = ["meet", "raise_mismatch"]
+__all__ = ["meet", "peer_left", "raise_mismatch"]
 
 _NAMES = {
     Call.STEP: "step_end",
@@ -44,7 +44,7 @@ def meet(group: Group, voice: Voice, error: Exception | None) -> Agreement:
     elif agreed.action is Action.MISMATCH:
         raise_mismatch(group, voice.call, voice.step)
     elif agreed.action is Action.PEER_LEFT:
-        _raise_peer_left(group, voice.left_by_error)
+        raise peer_left(group, voice.left_by_error)
     return agreed
 
 
@@ -61,10 +61,11 @@ def raise_mismatch(group: Group, call: Call, step: int) -> None:
     )
 
 
-def _raise_peer_left(group: Group, by_error: bool) -> None:
+def peer_left(group: Group, by_error: bool) -> RankError:
+    """Name the ranks that leave because of an exception; there is one at least. Collective; returns the error."""
     reports = group.allgather(b"1" if by_error else b"0")
     left = [rank for rank, report in enumerate(reports) if report == b"1"]
-    raise RankError(f"{_ranks(left)} left because of an exception; see its traceback", rank=left[0], type="left")
+    return RankError(f"{_ranks(left)} left because of an exception; see its traceback", rank=left[0], type="left")
 
 
 def _ranks(ranks: Sequence[int]) -> str:

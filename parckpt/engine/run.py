@@ -48,13 +48,16 @@ class Prepared:
     changed : bool
         The plan or the name does not hold any more.
     error : Exception or None
-        What the preparation failed with.
+        Why the call itself is wrong: raised on all ranks, whatever they do.
+    failure : Exception or None
+        Why the save cannot be made. It counts once all ranks save: then that save fails on all of them.
     """
 
     local: LocalState | None = None
     ticket: Ticket | None = None
     changed: bool = False
     error: Exception | None = None
+    failure: Exception | None = None
 
 
 class Run:
@@ -130,6 +133,12 @@ class Run:
 
         Not collective. Root begins the save on the guess that all will agree; `drop` takes that back.
         """
+        try:
+            self._prepare(prepared, describe, step, reason)
+        except Exception as error:  # user code and I/O before the first collective; the save carries the outcome
+            prepared.failure = error
+
+    def _prepare(self, prepared: Prepared, describe: Callable[[], LocalState], step: int, reason: str) -> None:
         prepared.local = describe()
         prepared.changed = self.planned is None or self.planned.digest != prepared.local.digest
         if prepared.changed or self._lineage.prefix is None or not self.group.is_root:
@@ -194,9 +203,10 @@ class Run:
 
     def _prepare_together(self, prepared: Prepared, describe: Callable[[], LocalState], step: int, reason: str) -> None:
         """Plan anew where something changed, name the save, begin it. Collective."""
-        error: Exception | None = None
+        error = prepared.failure
         try:
-            prepared.local = prepared.local or describe()
+            if error is None:
+                prepared.local = prepared.local or describe()
         except Exception as problem:  # user code: the others wait for the outcome
             error = problem
         self.group.agree(error)
@@ -274,13 +284,14 @@ class Run:
             saved.slowest,
             saved.slowest_seconds,
         )
-        if saved.unchanged and before is not None and facts.step > before and self.planned and self.planned.tensors:
-            self._warn_unchanged(before, facts.step)
         try:
             self.keeper.note_published(facts.run_id, facts.step)
         except StorageError as error:
             log.warning("the run file could not be written: %s", error)
         self.keeper.retain(facts.run_id, facts.prefix)
+        # Last: where warnings are errors, it ends this.
+        if saved.unchanged and before is not None and facts.step > before and self.planned and self.planned.tensors:
+            self._warn_unchanged(before, facts.step)
 
     def _warn_unchanged(self, before: int, step: int) -> None:
         assert self.planned is not None

@@ -143,11 +143,13 @@ class Saver:
         """
         started = self.clock.monotonic()
         staging = self.staging(ticket)
+        last = self._last
         try:
             written = self._write(Job(local, planned, ticket.facts, ticket.append, ticket.marks, staging))
             messages = self.group.gather(self._message(written, planned, self.clock.monotonic() - started))
             saved = self._publish(planned, ticket, staging, messages, started)
         except ParckptError as error:
+            self._last = last  # the next save is compared with the last that succeeded
             if self.group.is_root:
                 self.reject(staging, error)
             raise
