@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from parckpt.engine.group import Group
 from parckpt.engine.local import LocalState, as_state
 from parckpt.engine.progress import Progress
 from parckpt.engine.restorer import Request
-from parckpt.engine.rounds import meet, peer_left, raise_mismatch
+from parckpt.engine.rounds import compare_arguments, meet, peer_left, raise_mismatch
 from parckpt.engine.run import Prepared, Run
 from parckpt.errors import (
     ConfigError,
@@ -135,7 +134,7 @@ class ModelCheckpoint:
             error = problem
         self._group.agree(error)
         given = {"prefix": prefix, "directory": path, "steps_per_epoch": steps_per_epoch, **self.config.describe()}
-        _compare(self._group, given)
+        compare_arguments(self._group, given)
         return path
 
     # -- what users call ------------------------------------------------------------------------------------------
@@ -476,20 +475,6 @@ class ModelCheckpoint:
         if state is None:
             raise ConfigError("there is no state to save: hand it to step_end, or give the config a saved_network")
         return LocalState.of(flatten(state, writable=False))
-
-
-def _compare(group: Group, given: Mapping[str, Any]) -> None:
-    """Every rank must have been given the same; ConfigError on all ranks names the first difference. Collective."""
-    distinct, index = group.allgather_distinct(json.dumps(given, sort_keys=True, default=str).encode("utf-8"))
-    if len(distinct) == 1:
-        return
-    said = [json.loads(data) for data in distinct]
-    name = next(name for name in said[0] if any(one[name] != said[0][name] for one in said))
-    ranks = [int(np.flatnonzero(index == which)[0]) for which in range(len(distinct))]
-    shown = ", ".join(f"{one[name]!r} on rank {rank}" for one, rank in list(zip(said, ranks, strict=True))[:4])
-    own = [os.path.basename(said[which]["directory"]) == f"rank_{rank}" for rank, which in enumerate(index.tolist())]
-    hint = "; drop rank_<n>: all ranks share one directory here" if name == "directory" and all(own) else ""
-    raise ConfigError(f"{name} must be the same on all ranks: {shown}{hint}", parameter=name, ranks=ranks)
 
 
 def _reason(decision: Decision | None) -> str:

@@ -19,6 +19,7 @@ from parckpt.engine import notyet
 from parckpt.engine.group import Group
 from parckpt.engine.local import LocalState, as_state
 from parckpt.engine.planning import check_replicas, make_plan, node_numbers
+from parckpt.engine.rounds import compare_arguments
 from parckpt.engine.saver import Saver, Ticket
 from parckpt.engine.staging import Modes
 from parckpt.engine.sweep import recover
@@ -86,22 +87,36 @@ def save_checkpoint(
     ParckptError
         The save failed; the previous file is untouched.
     """
-    notyet.refuse(async_save=async_save, enc_key=enc_key)
-    form = _form(format)
     fs = filesystem if filesystem is not None else PosixFileSystem()
-    path = _file_path(ckpt_file_name, form.extension)
+    split = remove_redundancy if split_replicas is None else split_replicas
+    options = {
+        "integrated_save": integrated_save,
+        "remove_redundancy": remove_redundancy,
+        "split_replicas": split,
+        "crc_check": crc_check,
+        "replica_check": replica_check,
+        "format": format,
+        "file_mode": file_mode,
+        "dir_mode": dir_mode,
+    }
+
+    def checked() -> str:
+        notyet.refuse(async_save=async_save, enc_key=enc_key)
+        return _file_path(ckpt_file_name, _form(format).extension)
+
     group = Group(resolve(SELF if comm is None else comm, os.environ), Waiter(agree_timeout_s))
     try:
         with deferred_interrupt():
+            path = _agreed_path(group, checked, options)
             several = comm is not None and (remove_redundancy or not integrated_save)
             saving = _Saving(
                 group,
                 fs,
                 path,
-                form,
+                _form(format),
                 integrated=not several,
                 remove_redundancy=remove_redundancy,
-                split_replicas=remove_redundancy if split_replicas is None else split_replicas,
+                split_replicas=split,
                 crc_check=crc_check,
                 replica_check=replica_check,
                 modes=Modes(file_mode, dir_mode),
@@ -109,6 +124,20 @@ def save_checkpoint(
             saving.run(lambda: _flat_to_save(save_obj, choice_func, comm), dict(append_dict or {}))
     finally:
         group.comm.free()
+
+
+def _agreed_path(group: Group, checked: Callable[[], str], options: Mapping[str, Any]) -> str:
+    """Check the arguments, which must be the same on all ranks. Collective."""
+    if group.size == 1:
+        return checked()
+    path, error = "", None
+    try:
+        path = checked()
+    except Exception as problem:  # the other ranks wait for the outcome
+        error = problem
+    group.agree(error)
+    compare_arguments(group, {"ckpt_file_name": path, **options})
+    return path
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from parckpt.core.round import Action, Agreement, Call, Voice, merge, pack
 from parckpt.engine.group import Group
-from parckpt.errors import RankError, StepMismatchError
+from parckpt.errors import ConfigError, RankError, StepMismatchError
 
-__all__ = ["meet", "peer_left", "raise_mismatch"]
+__all__ = ["compare_arguments", "meet", "peer_left", "raise_mismatch"]
 
 _NAMES = {
     Call.STEP: "step_end",
@@ -66,6 +70,23 @@ def peer_left(group: Group, by_error: bool) -> RankError:
     reports = group.allgather(b"1" if by_error else b"0")
     left = [rank for rank, report in enumerate(reports) if report == b"1"]
     return RankError(f"{_ranks(left)} left because of an exception; see its traceback", rank=left[0], type="left")
+
+
+def compare_arguments(group: Group, given: Mapping[str, Any]) -> None:
+    """Every rank must have been given the same; ConfigError on all ranks names the first difference. Collective."""
+    distinct, index = group.allgather_distinct(json.dumps(given, sort_keys=True, default=str).encode("utf-8"))
+    if len(distinct) == 1:
+        return
+    said = [json.loads(data) for data in distinct]
+    name = next(name for name in said[0] if any(one[name] != said[0][name] for one in said))
+    ranks = [int(np.flatnonzero(index == which)[0]) for which in range(len(distinct))]
+    shown = ", ".join(f"{one[name]!r} on rank {rank}" for one, rank in list(zip(said, ranks, strict=True))[:4])
+    own = [
+        os.path.basename(str(said[which].get("directory"))) == f"rank_{rank}"
+        for rank, which in enumerate(index.tolist())
+    ]
+    hint = "; drop rank_<n>: all ranks share one directory here" if name == "directory" and all(own) else ""
+    raise ConfigError(f"{name} must be the same on all ranks: {shown}{hint}", parameter=name, ranks=ranks)
 
 
 def _ranks(ranks: Sequence[int]) -> str:
