@@ -18,7 +18,13 @@ fail() { printf 'demo.sh: %s\n' "$*" >&2; exit 1; }
 # -- the environment ---------------------------------------------------------------------------------------------------
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$python is older than Python 3.10"
-complete() { [[ -x $bin/mpiexec ]] && "$bin/python" -c 'import mpi4py.MPI, parckpt, sklearn.datasets' 2>/dev/null; }
+# Isolated: what is installed counts, not what lies in this directory. A clone that was moved needs a new environment.
+complete() {
+    [[ -x $bin/mpiexec ]] && "$bin/python" -I - "$PWD" 2>/dev/null <<'END'
+import sys, mpi4py.MPI, parckpt, sklearn.datasets
+sys.exit(not parckpt.__file__.startswith(sys.argv[1] + "/"))
+END
+}
 if complete; then
     say "using the environment in .venv"
 else
@@ -46,7 +52,7 @@ export HYDRA_LAUNCHER=fork HYDRA_RMK=user HYDRA_IFACE=lo OPENBLAS_NUM_THREADS=1
 # The launcher and each rank lead sessions of their own, so they are found by the mark in their environment.
 kill_job() {
     local pids
-    while pids=$(grep -lszx "PARCKPT_DEMO_JOB=$job" /proc/[0-9]*/environ | cut -d/ -f3); [[ -n $pids ]]; do
+    while pids=$(grep -lszxF "PARCKPT_DEMO_JOB=$job" /proc/[0-9]*/environ | cut -d/ -f3); [[ -n $pids ]]; do
         # shellcheck disable=SC2086  # one word per process
         kill -KILL $pids 2>/dev/null || true
     done
