@@ -239,7 +239,7 @@ class _Sender(_End):
             buffer = self.take_buffer()
             message = buffer[: sum(piece.copy.nbytes for piece in mine)]
             self.guard(partial(self._pack, mine, window, message))
-        self._under_way.append((self.group.comm.isend(message, 0, TAG_GATHER), buffer))
+        self._under_way.append((self.group.isend(message, 0, TAG_GATHER), buffer))
         for piece in mine:
             self._count(piece)
 
@@ -317,7 +317,7 @@ class _Receiver(_End):
             nbytes = sum(piece.copy.nbytes for piece in pieces[rank])
             message = buffer[position : position + nbytes]
             position += nbytes
-            messages[rank] = (self.group.comm.irecv(message, rank, TAG_GATHER), message)
+            messages[rank] = (self.group.irecv(message, rank, TAG_GATHER), message)
         return _Expected(window, pieces, messages, buffer)
 
     def _take(self, chunk: _Expected) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from parckpt.comm import collective, outcome
-from parckpt.comm.base import Communicator, Request
+from parckpt.comm.arrival import Ticket
+from parckpt.comm.base import Bytes, Communicator, Request
 from parckpt.comm.wait import Waiter
 
 __all__ = ["TAG_GATHER", "TAG_RECORD", "TAG_RESTORE", "Group"]
@@ -17,6 +18,27 @@ __all__ = ["TAG_GATHER", "TAG_RECORD", "TAG_RESTORE", "Group"]
 TAG_RECORD = 11
 TAG_GATHER = 12
 TAG_RESTORE = 13
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """One message that takes several calls."""
+
+    requests: list[Request]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes received, once all is complete."""
+        return sum(request.nbytes for request in self.requests)
+
+    @property
+    def ticket(self) -> Ticket | None:
+        """Who is being waited for."""
+        return self.requests[0].ticket
+
+    def test(self) -> bool:
+        """Whether all is complete."""
+        return all(request.test() for request in self.requests)
 
 
 @dataclass(frozen=True)
@@ -68,6 +90,20 @@ class Group:
     def agree(self, error: Exception | None) -> None:
         """Return on all ranks if none has an error; else raise on all ranks the lowest failing rank's."""
         outcome.agree(self.comm, error, self.waiter)
+
+    def isend(self, data: Bytes, dest: int, tag: int) -> Request:
+        """Begin to send bytes of any length. Not collective."""
+        step = self.comm.max_nbytes
+        if data.size <= step:
+            return self.comm.isend(data, dest, tag)
+        return _Pieces([self.comm.isend(data[n : n + step], dest, tag) for n in range(0, data.size, step)])
+
+    def irecv(self, buffer: Bytes, source: int, tag: int) -> Request:
+        """Begin to receive as many bytes as `isend` sends on the other side. Not collective."""
+        step = self.comm.max_nbytes
+        if buffer.size <= step:
+            return self.comm.irecv(buffer, source, tag)
+        return _Pieces([self.comm.irecv(buffer[n : n + step], source, tag) for n in range(0, buffer.size, step)])
 
     def gather(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, by rank, on root; an empty list elsewhere."""
