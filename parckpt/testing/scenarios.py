@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from parckpt.errors import (
     ParckptError,
     RankError,
     StateMismatchError,
+    StateWarning,
     StepMismatchError,
     StorageError,
 )
@@ -638,3 +640,56 @@ def a_callable_is_called_for_saves_only(comm: Communicator, directory: str) -> N
         assert calls == [3, 6]
     assert calls == [3, 6, 8]
     _assert_restores(comm, directory, 8)
+
+
+@_scene
+def unchanged_tensors_are_told_once(comm: Communicator, directory: str) -> None:
+    """On root, by name, also where appended info changes all the time; not while a single value changes."""
+    for number, options in enumerate(
+        ({}, {"remove_redundancy": True}, {"append_info": ["step_num"]}, {"format": "safetensors", "crc_check": True})
+    ):
+        place = f"{directory}/{number}"
+        told: list[str] = []
+        with _checkpoint(comm, place, steps=1, **options) as ckpt:
+            state = _state(comm, 1)
+            for step in range(1, 9):
+                if step in (2, 3):
+                    state["w"].data[0, 0] += 1
+                elif step > 3:
+                    state["w"] = Shard(state["w"].data.copy(), state["w"].global_shape, state["w"].offsets)
+                if comm.rank == 0:
+                    # Only one of the ranks: in threads, they all share the filters.
+                    with warnings.catch_warnings(record=True) as caught:
+                        warnings.simplefilter("always")
+                        ckpt.step_end(state, step)
+                    told += [str(one.message) for one in caught if issubclass(one.category, StateWarning)]
+                else:
+                    ckpt.step_end(state, step)
+                assert len(told) == (comm.rank == 0 and step > 3), (step, told)
+        if comm.rank == 0:
+            _assert_in(told[0], "steps 3 and 4", "w, b", "callable")
+
+
+@_scene
+def a_network_fails_on_leaving(comm: Communicator, directory: str) -> None:
+    """The config's network cannot be asked on one rank: its error there, and no endless wait on the others."""
+
+    class Network:
+        broken = False
+
+        def state_dict(self) -> dict[str, Any]:
+            if self.broken:
+                raise KeyError("weights")
+            return _state(comm, 1)
+
+    network = Network()
+
+    def train() -> None:
+        with _checkpoint(comm, directory, saved_network=network) as ckpt:
+            ckpt.step_end(step=1)
+            network.broken = comm.rank == 1
+
+    error = _caught(train)
+    assert isinstance(error, KeyError if comm.rank == 1 else RankError), repr(error)
+    _meet(comm)
+    assert _visible(directory) == []
