@@ -191,6 +191,7 @@ class _End:
         self.error: Exception | None = None
         # Reused: touching fresh memory for each message costs more than the message.
         self._buffers: list[Bytes] = []
+        self._left = {key: key[1].size * source.dtype.itemsize for key, source in held.items()}
 
     def guard(self, step: Callable[[], None]) -> None:
         """Run user code or I/O between two messages, unless one failed; its error must wait for the agreement."""
@@ -214,6 +215,13 @@ class _End:
             return self.plan.rectangles(piece.part, piece.box, window)
         return (piece.copy,)
 
+    def count(self, piece: Piece) -> None:
+        """Let a Leaf go once all of it is in place or on its way."""
+        key = piece.part.entry, piece.box
+        self._left[key] -= piece.copy.nbytes
+        if not self._left[key]:
+            self.held[key].release()
+
 
 class _Sender(_End):
     """A rank's side: packs what it has in each chunk into one message."""
@@ -221,7 +229,6 @@ class _Sender(_End):
     def __init__(self, group: Group, plan: GatherPlan, held: Held) -> None:
         super().__init__(group, plan, held)
         self._under_way: deque[tuple[Request, Bytes | None]] = deque()
-        self._left = {key: key[1].size * source.dtype.itemsize for key, source in held.items()}
 
     def run(self) -> Exception | None:
         for window in self.plan.windows():
@@ -241,7 +248,7 @@ class _Sender(_End):
             self.guard(partial(self._pack, mine, window, message))
         self._under_way.append((self.group.isend(message, 0, TAG_GATHER), buffer))
         for piece in mine:
-            self._count(piece)
+            self.count(piece)
 
     def _settle(self) -> None:
         request, buffer = self._under_way.popleft()
@@ -270,13 +277,6 @@ class _Sender(_End):
             for copy in self.copies(piece, source, window):
                 source.port().load(copy, message[position : position + copy.nbytes])
                 position += copy.nbytes
-
-    def _count(self, piece: Piece) -> None:
-        """Let a Leaf go once all of it is packed or on its way."""
-        key = piece.part.entry, piece.box
-        self._left[key] -= piece.copy.nbytes
-        if not self._left[key]:
-            self.held[key].release()
 
 
 @dataclass
@@ -326,6 +326,8 @@ class _Receiver(_End):
         if self.sink is not None:
             nbytes = chunk.window[1] - chunk.window[0]
             self.guard(partial(self.sink.fill, nbytes, partial(self._assemble, chunk)))
+        for piece in chunk.pieces.get(0, ()):
+            self.count(piece)
         if chunk.buffer is not None:
             self.give_back(chunk.buffer)
 

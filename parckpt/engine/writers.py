@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ class Writers:
         sources = [(job.local.source(tensor.name, box), box) for tensor, box in layout.boxes]
         plan = self._plan(job, layout, 0 if self.crc_check else None)
         if self.crc_check and self.form.crc_first:
-            crc = local_crc(plan, [lambda s=s, b=b: s.blocks(b, CHUNK_NBYTES) for s, b in sources])  # type: ignore[misc]
+            crc = local_crc(plan, [partial(_pass, source, box) for source, box in sources])
             plan = self._plan(job, layout, crc)
         job.staging.make_rank_directory(rank)
         path = job.staging.data_path(rank)
@@ -240,6 +241,12 @@ class Writers:
             per_rank_values=own,
             **plan.record_columns,
         )
+
+
+def _pass(source: Source, box: Box) -> Iterator[npt.NDArray[np.uint8]]:
+    """One pass over a box; a Leaf is let go at the end and read again for the next."""
+    yield from source.blocks(box, CHUNK_NBYTES)
+    source.release()
 
 
 def _appended(form: Format, name: str, value: Any) -> tuple[Entry, bytes]:
