@@ -26,8 +26,9 @@ def ls(
 ) -> None:
     """List the checkpoints of a directory, newest first.
 
-    Newest is what a restore would try first; several prefixes are listed one after the other. State: "ok" (manifest and sizes are right; only verify reads the data),
-    "damaged: why", "set aside: why" (a restore found damage and marked it), "no manifest" (not published by parckpt).
+    Newest is what a restore would try first; several prefixes come one after the other. State: "ok" (manifest and
+    sizes are right; only verify reads the data), "damaged: why", "set aside: why" (a restore found damage and marked
+    it), "no manifest" (not published by parckpt).
 
     Reads kilobytes, takes no lock, changes nothing: safe beside a running job.
     """
@@ -49,7 +50,7 @@ def ls(
 
 
 def _by_family(published: list[Found]) -> list[Found]:
-    """Runs apart, the one that saved last first: sequence numbers order the checkpoints of one run, not those of two."""
+    """Runs apart, the one that saved last first: sequence numbers order the checkpoints of one run only."""
     latest: dict[str, float] = {}
     for found in published:
         if found.facts is not None:

@@ -92,7 +92,11 @@ def _refuse_living(holder: Holder, path: str) -> None:
 
 
 def _ask(as_json: bool) -> None:
-    if as_json or not sys.stdin.isatty():
+    if as_json or not _has_terminal():
         raise ConfigError("there is no terminal to ask at: --yes if you are sure")
     if not typer.confirm("Remove this lock?"):
         raise LockedError("left as it is")
+
+
+def _has_terminal() -> bool:
+    return sys.stdin.isatty()

@@ -147,9 +147,10 @@ def _content(path: str, reports: list[Report], gone: list[str], seconds: float, 
 
 
 def _print(report: Report) -> None:
+    bare = f"{report.files_without_checksum} of {count(report.files, 'file')}"
     notes = {
         "sound": "" if report.has_manifest else ", by its own crc: it has no manifest",
-        "unverified": f": {report.files_without_checksum} of {count(report.files, 'file')} without a checksum; headers are fine",
+        "unverified": f": {bare} without a checksum; headers are fine",
     }
     read = f" ({size(report.nbytes)}, {count(report.chunks, 'chunk')})" if report.verdict in notes else ""
     line(f"{report.path}: {report.verdict}{notes.get(report.verdict, '')}{read}", _STYLES[report.verdict])
