@@ -303,6 +303,19 @@ class ModelCheckpoint:
         with deferred_interrupt():
             self._round(Call.POLL, self._step, Prepared())
 
+    def need_checkpoint(self, step: int | None = None) -> bool:
+        """Whether `step_end` would find a save due at a step. Collective; the same answer on all ranks.
+
+        Parameters
+        ----------
+        step : int, optional
+            Default: the one after the last.
+        """
+        due = self._group.is_root and self._decide(self._step + 1 if step is None else step).save
+        with deferred_interrupt():
+            # A poll, so that ranks in other calls are met; nothing is saved.
+            return self._round(Call.POLL, self._step, Prepared(), due_at_end=due).due_at_end
+
     def wait(self) -> None:
         """Return when everything saved so far is published. Collective."""
         with deferred_interrupt():

@@ -114,15 +114,15 @@ def _merge(reports: list[bytes]) -> ParckptError:
 
 def _as_builtin(message: str, facts: dict[str, Any]) -> ParckptError:
     """A `RankError` that is also of the builtin class of the rank's exception, where there is one to be had."""
-    base = getattr(builtins, str(facts.get("type")), None)
-    if isinstance(base, type) and issubclass(base, Exception):
-        try:
-            return _rank_error_class(base)(message, **facts)
-        except TypeError:
-            pass  # a class with a constructor of its own (UnicodeDecodeError)
-    return rebuild(RankError.code, message, facts)
+    try:
+        return _rank_error_class(str(facts.get("type")))(message, **facts)
+    except TypeError:  # a class with a constructor of its own (UnicodeDecodeError)
+        return rebuild(RankError.code, message, facts)
 
 
 @cache
-def _rank_error_class(base: type[Exception]) -> type[RankError]:
-    return type(f"Rank{base.__name__}", (RankError, base), {"__module__": RankError.__module__})
+def _rank_error_class(name: str) -> type[RankError]:
+    base = getattr(builtins, name, None)
+    if not (isinstance(base, type) and issubclass(base, Exception)):
+        return RankError
+    return type(f"Rank{name}", (RankError, base), {"__module__": RankError.__module__})

@@ -274,7 +274,7 @@ class Run:
         """Root: tell, remember, delete what is not kept."""
         gigabytes = saved.nbytes / 1e9
         log.info(
-            "saved step %d to %s: %.3f GB in %.2f s (%.2f GB/s), blocked %.2f s, slowest rank %d (%.2f s)",
+            "saved step %d to %s: %.3g GB in %.2f s (%.3g GB/s), blocked %.2f s, slowest rank %d (%.2f s)",
             facts.step,
             saved.path,
             gigabytes,

@@ -1,0 +1,47 @@
+"""`need_checkpoint`: root's policy, told to all ranks, without saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import parckpt
+from parckpt.comm.base import Communicator
+from parckpt.testing.clock import ManualClock
+from parckpt.testing.world import run_world
+
+pytestmark = pytest.mark.fast
+
+
+def test_steps_are_counted_from_the_last_save(tmp_path: Path) -> None:
+    def rank_main(comm: Communicator, rank: int) -> list[bool]:
+        config = parckpt.CheckpointConfig(save_checkpoint_steps=3)
+        weights = np.zeros(4)
+        answers = []
+        with parckpt.ModelCheckpoint("net", tmp_path, config, comm=comm) as ckpt:
+            for step in range(1, 7):
+                answers.append(ckpt.need_checkpoint())
+                weights += 1
+                ckpt.step_end({"w": weights}, step)
+            assert ckpt.need_checkpoint(step=9)
+            assert not ckpt.need_checkpoint(step=8)
+        return answers
+
+    for answers in run_world(3, rank_main):
+        assert answers == [False, False, True] * 2
+    assert [info.step for info in parckpt.list_checkpoints(tmp_path)] == [6, 3]
+
+
+def test_only_roots_clock_counts(tmp_path: Path) -> None:
+    def rank_main(comm: Communicator, rank: int) -> tuple[bool, bool]:
+        clock = ManualClock()
+        config = parckpt.CheckpointConfig(save_checkpoint_steps=0, save_checkpoint_seconds=60)
+        with parckpt.ModelCheckpoint("net", tmp_path, config, comm=comm, clock=clock) as ckpt:
+            clock.advance(100.0 if rank == 1 else 0.0)
+            before = ckpt.need_checkpoint()
+            clock.advance(61.0 if rank == 0 else 0.0)
+            return before, ckpt.need_checkpoint()
+
+    assert run_world(2, rank_main) == [(False, True)] * 2
