@@ -21,7 +21,7 @@ DebugOption: TypeAlias = Annotated[
     bool, typer.Option("--debug", metavar="", help="After an error, show where it came from.")
 ]
 PrefixOption: TypeAlias = Annotated[
-    "str | None",
+    str | None,
     typer.Option(
         "--prefix",
         metavar="P",

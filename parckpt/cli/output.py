@@ -8,10 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 from rich.text import Text
 
 __all__ = ["age", "console", "count", "emit", "facts", "line", "moment", "plain", "progress_bar", "size", "table"]
@@ -52,14 +50,18 @@ def line(text: str, style: str = "") -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """Print a table. On a terminal that is too narrow cells are folded, never cut."""
+    """Print a table, one line a row. The terminal wraps what is longer than it is wide; nothing is cut or folded."""
+    cells = [[Text(column, style="bold") for column in columns], *([_cell(cell) for cell in row] for row in rows)]
+    widths = [max(row[k].cell_len for row in cells) for k in range(len(columns))]
     out = console()
-    shown = Table(box=box.SIMPLE_HEAD if out.is_terminal else None, pad_edge=False, header_style="bold")
-    for column in columns:
-        shown.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
-        shown.add_row(*(_cell(cell) for cell in row))
-    out.print(shown)
+    for row in cells:
+        shown = Text()
+        for column, width, cell in zip(columns, widths, row, strict=True):
+            room = " " * (width - cell.cell_len)
+            shown.append(room if column in right else "").append_text(cell).append("" if column in right else room)
+            shown.append("  ")
+        shown.rstrip()
+        out.print(shown, soft_wrap=True)
 
 
 def _cell(text: str) -> Text:
