@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from parckpt.core.contents import Contents
 from parckpt.core.crc import crc32
 from parckpt.core.layout import Box
 from parckpt.core.readplan import Segment, Want, plan_reads
-from parckpt.core.transfer import Port
+from parckpt.core.transfer import Copy, Port
 from parckpt.engine.inputs import Inputs
 from parckpt.engine.targets import Target
 from parckpt.errors import (
@@ -313,6 +312,14 @@ def _narrow(contents: Contents, task: ChunkTask, target: Target, segments: Seque
     if contents.files[task.file].chunk_crcs is not None:
         return task
     found = [copy for segment in segments for copy in target.copies(segment, task.window)[1]]
-    first = min(copy.position for copy in found)
-    last = max(copy.position + math.prod(copy.shape) for copy in found)
+    spans = [_span(copy) for copy in found]
+    first, last = min(span[0] for span in spans), max(span[1] for span in spans)
     return ChunkTask(task.file, task.start + first, task.start + last)
+
+
+def _span(copy: Copy) -> tuple[int, int]:
+    """From the first to behind the last byte of a rectangle, in its window: its run may be longer on both sides."""
+    first = last = 0
+    for index, length in zip(copy.run_index, copy.shape, strict=True):
+        first, last = first * length + index.start, last * length + index.stop - 1
+    return copy.position + first, copy.position + last + 1
