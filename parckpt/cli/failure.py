@@ -132,4 +132,4 @@ def report(code: str, message: str, as_json: bool) -> None:
         content: dict[str, Any] = {"error": {"code": code, "message": message}}
         emit(content)
     else:
-        print(f"parckpt: {plain(message)}", file=sys.stderr)
+        print(f"parckpt: {plain(message)}", file=sys.stderr, flush=True)

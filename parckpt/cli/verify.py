@@ -55,12 +55,10 @@ def verify(
     started = time.monotonic()
     reports: list[Report] = []
     gone: list[str] = []
-    with progress_bar() as bar:
-        total = sum(_expected_nbytes(fs, job) for job in jobs)
-        task = bar.add_task("verifying", total=total)
+    with progress_bar("verifying", sum(_expected_nbytes(fs, job) for job in jobs)) as on_read:
         for job in jobs:
             try:
-                reports.append(_run(fs, job, lambda nbytes: bar.advance(task, nbytes)))
+                reports.append(_run(fs, job, on_read))
             except CheckpointGoneError:
                 if len(jobs) == 1:
                     raise
