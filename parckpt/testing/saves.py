@@ -6,7 +6,7 @@ A mix of two saves, or a torn one, cannot pass for either: each tensor and value
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -16,9 +16,10 @@ import parckpt
 from parckpt.checkpointer import ModelCheckpoint
 from parckpt.comm.base import Communicator
 from parckpt.core import naming
+from parckpt.errors import InternalError
 from parckpt.storage.filesystem import FileSystem
 from parckpt.storage.lock import break_lock
-from parckpt.testing.filesystem import MemoryFileSystem, SimulatedCrash
+from parckpt.testing.filesystem import Call, FaultyFileSystem, MemoryFileSystem, SimulatedCrash
 from parckpt.testing.world import run_world
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "saved",
     "started",
     "unexpected",
+    "unpublished",
 ]
 
 DIRECTORY, PREFIX = "/ckpts", "m"
@@ -153,6 +155,32 @@ def saved(disk: MemoryFileSystem, mode: str, size: int, versions: Sequence[tuple
     run_world(size, program)
     disk.sync_all()
     return disk
+
+
+def unpublished(
+    disk: MemoryFileSystem, mode: str, size: int, step: int, make: Callable[[int, int], Mapping[str, Any]]
+) -> str:
+    """Let ``size`` ranks go on with the run, save, and die once all have recorded; the staging directory."""
+    paths: list[str] = []
+
+    def die(call: Call) -> None:
+        if call.operation == "open" and call.path.endswith("/manifest") and ".staging-" in call.path:
+            paths.append(os.path.dirname(call.path))
+            raise SimulatedCrash(call.path)
+
+    def program(comm: Communicator, rank: int) -> None:
+        fs = FaultyFileSystem(disk, on_call=die) if rank == 0 else disk
+        try:
+            with started(fs, mode, comm) as run:
+                run.restore(make(rank, size))
+                run.save_now(make(rank, size), step)
+        except SimulatedCrash as death:
+            raise InterruptedError from death
+
+    with suppress(InterruptedError, InternalError):
+        run_world(size, program)
+    disk.sync_all()
+    return paths[0]
 
 
 def restore(fs: FileSystem, mode: str, size: int, **request: Any) -> tuple[int, int, list[tuple[str, str]]]:
