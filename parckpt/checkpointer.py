@@ -30,6 +30,7 @@ from parckpt.engine.run import Prepared, Run
 from parckpt.errors import (
     ConfigError,
     ConfigTypeError,
+    InternalError,
     ParckptError,
     StateMismatchError,
     TimeoutExpiredError,
@@ -420,8 +421,8 @@ class ModelCheckpoint:
                 continue
             try:
                 agreed = self._round(Call.LEAVE, self._step, Prepared(), due_at_end=unsaved, by_error=failed)
-            except TimeoutExpiredError:
-                raise
+            except (TimeoutExpiredError, InternalError):
+                raise  # there is no round any more: asking again would be for ever
             except ParckptError as error:
                 mishap = error
                 continue
