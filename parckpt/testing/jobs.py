@@ -7,6 +7,7 @@ number of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -56,8 +57,12 @@ def config_of(case: str, **options: Any) -> CheckpointConfig:
     return CheckpointConfig(format=form, **given)
 
 
+@cache
 def whole_tensors(step: int, *, large: bool = True) -> dict[str, Array]:
-    """Every shared tensor, whole. Random bits where the type allows it, so NaNs with payloads are among them."""
+    """Every shared tensor, whole and read-only. Random bits where the type allows it: NaNs with payloads among them.
+
+    Step 0 is a pattern that no other step has.
+    """
     rng = np.random.default_rng(step)
 
     def bits(dtype: Any, *shape: int) -> Array:
@@ -89,6 +94,10 @@ def whole_tensors(step: int, *, large: bool = True) -> dict[str, Array]:
         tensors["large/inner"] = bits("<f2", 3, 700, 1100)  # 4.4 MiB, cut along its last dimension
         tensors["large/middle"] = bits("<u1", 5, 1000, 900)  # 4.3 MiB, cut along its second one
         tensors["large/whole"] = bits("<f4", 1100, 1001)  # 4.2 MiB on every rank
+    for array in tensors.values():
+        if step == 0:
+            array.reshape(-1).view(np.uint8)[...] = 0xA5 if array.dtype != bool else 0
+        array.flags.writeable = False
     return tensors
 
 
@@ -107,9 +116,6 @@ class Job:
         self.rank, self.size, self.step = rank, size, step
         self.arrays: dict[str, list[Array]] = {}
         self._whole = whole_tensors(0 if step is None else step, large=large)
-        if step is None:
-            for array in self._whole.values():
-                array.reshape(-1).view(np.uint8)[...] = 0xA5 if array.dtype != bool else 0
         number = -1 if step is None else step
         self.state: dict[str, Any] = {
             "model": {name: leaf for name, leaf in self._tensors() if leaf is not None},
@@ -186,7 +192,7 @@ def _shard(job: Job, name: str, array: Array, ranges: Sequence[tuple[int, int]],
 
 
 def _plain(job: Job, name: str, array: Array) -> Any:
-    return job.hold(name, array)
+    return job.hold(name, array.copy())
 
 
 def _along(axis: int, like: Any = np.copy) -> Callable[[Job, str, Array], Any]:
@@ -222,7 +228,7 @@ def _blocks(job: Job, name: str, array: Array) -> Any:
 
 def _stage(job: Job, name: str, array: Array) -> Any:
     """Of one pipeline stage: no other rank knows the name."""
-    return job.hold(name, array) if job.rank == 1 % job.size else None
+    return job.hold(name, array.copy()) if job.rank == 1 % job.size else None
 
 
 def _strided(part: Array) -> Array:
@@ -260,7 +266,7 @@ _CUTS: dict[str, Callable[[Job, str, Array], Any]] = {
     "complex": _along(0),
     "float8": _along(0),
     "strided": _along(0, _strided),
-    "fortran": _along(1, np.asfortranarray),
+    "fortran": _along(1, lambda part: np.array(part, order="F")),
     "swapped": _along(0, _swapped),
     "leaf": _leaf,
     "cube": _along(1),
@@ -280,7 +286,7 @@ def save_cases(comm: Communicator, directory: str, *, large: bool = True) -> Non
 
 
 def restore_cases(comm: Communicator, directory: str, *, saved_size: int, large: bool = True) -> None:
-    """Restore each case into a fresh state, and compare; then once more without a state. Collective."""
+    """Restore each case into a fresh state, and compare; some once more without a state. Collective."""
     for case in CASES:
         with_large = large and case in LARGE
         with ModelCheckpoint(case, directory, config_of(case), comm=comm, filesystem=QuickFileSystem()) as ckpt:
@@ -290,6 +296,8 @@ def restore_cases(comm: Communicator, directory: str, *, saved_size: int, large:
             job.check(STEP, saved_size)
             assert progress.per_rank["own.count"] == [100 * rank + STEP for rank in range(saved_size)]
             assert [a.tolist() for a in progress.per_rank["own.kept"]] == [[STEP] * (r + 1) for r in range(saved_size)]
+            if case not in LARGE:
+                continue
             only = ["model.[!l]*", "model.leaf", "model.large/middle"]
             whole = ckpt.restore(only=only).state
             for name, array in whole_tensors(STEP, large=with_large).items():
