@@ -65,10 +65,6 @@ class Planned:
         dims = np.concatenate([offsets, shapes], axis=1)[np.concatenate([used, used], axis=1)]
         return BoxColumns(plan.box_tensor.astype("<u4"), plan.box_rank.astype("<u4"), dims.astype("<i8"))
 
-    def written_by(self, rank: int) -> list[tuple[TensorRow, Box]]:
-        """What a rank's file holds, in order."""
-        return [(self.tensors[tensor], box) for tensor, box in self.save.boxes_of(rank)]
-
     def whole_tensors(self) -> list[tuple[TensorRow, Box]]:
         """What an integrated file holds, in order."""
         return [(tensor, whole(tensor.global_shape)) for tensor in self.tensors]
