@@ -324,7 +324,11 @@ class ModelCheckpoint:
 
     @contextmanager
     def updating(self, step: int) -> Iterator[None]:
-        """Bracket the part of a step that changes the arrays: outside of it they are a consistent state of ``step``."""
+        """Bracket the part of a step that changes the arrays: outside of it they are a consistent state of ``step``.
+
+        Not collective. A save that is asked for inside would mix two steps, and is refused. (That a helper saves the
+        arrays while they are outside, when a signal comes, is not there yet.)
+        """
         self._updating = step
         try:
             yield
@@ -467,6 +471,8 @@ class ModelCheckpoint:
                 f"a failed restore has overwritten {', '.join(self._spoiled[:8])}: restore again before going on",
                 mismatched=self._spoiled,
             )
+        if self._updating is not None:
+            raise ConfigError(f"the arrays are being changed: this call is inside updating({self._updating})")
         if state is not None:
             self._state = state
         number = self._step + 1 if step is None else step

@@ -1,4 +1,4 @@
-"""`need_checkpoint`: root's policy, told to all ranks, without saving."""
+"""The small members of ModelCheckpoint: need_checkpoint asks root without saving, updating brackets a change."""
 
 from __future__ import annotations
 
@@ -45,3 +45,17 @@ def test_only_roots_clock_counts(tmp_path: Path) -> None:
             return before, ckpt.need_checkpoint()
 
     assert run_world(2, rank_main) == [(False, True)] * 2
+
+
+def test_a_save_amid_an_update_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    def rank_main(comm: Communicator, rank: int) -> int:
+        weights = np.zeros(4)
+        with parckpt.ModelCheckpoint("net", tmp_path, comm=comm) as ckpt:
+            with ckpt.updating(1):
+                weights += 1
+                with pytest.raises(parckpt.ConfigError, match=r"inside updating\(1\)"):
+                    ckpt.step_end({"w": weights}, 1)
+            ckpt.step_end({"w": weights}, 1)
+            return len(parckpt.list_checkpoints(tmp_path))
+
+    assert run_world(2, rank_main) == [1, 1]
