@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -41,6 +42,9 @@ from parckpt.storage.filesystem import FileSystem, PosixFileSystem
 __all__ = ["ModelCheckpoint"]
 
 log = logging.getLogger("parckpt")
+
+LEAVE_BY_ERROR_TIMEOUT_S = 60.0
+"""How long a rank whose program raised waits for the others to come to their next call and hear of it."""
 
 
 class ModelCheckpoint:
@@ -213,19 +217,11 @@ class ModelCheckpoint:
             Everything found is damaged; each one's reason is in the message.
         """
         prepared = Prepared()
-        selection = None
+        request = Request()
         flat = None
         try:
-            selection = Selection(only, exclude, name_map, strict, cast)
-            flat = None if state is None else flatten(state, writable=True)
-        except Exception as error:  # user code and checks before the first collective; the round carries the outcome
-            prepared.error = error
-        with deferred_interrupt():
-            agreed = self._round(Call.RESTORE, self._step, prepared)
-            assert agreed.action is Action.RESTORE
-            assert selection is not None
             request = Request(
-                selection,
+                Selection(only, exclude, name_map, strict, cast),
                 step,
                 None if path is None else os.path.abspath(os.fspath(path)),
                 fallback,
@@ -233,12 +229,22 @@ class ModelCheckpoint:
                 min_step,
                 allow_inconsistent,
             )
+            flat = None if state is None else flatten(state, writable=True)
+        except Exception as error:  # user code and checks before the first collective; the round carries the outcome
+            prepared.error = error
+        with deferred_interrupt():
+            agreed = self._round(Call.RESTORE, self._step, prepared)
+            assert agreed.action is Action.RESTORE
+            # What each rank names in its state may differ; which checkpoint is meant, and how strictly, may not.
+            given = {"step": step, "path": request.path, "strict": strict, "cast": cast, "fallback": fallback}
+            given |= {"required": required, "min_step": min_step, "allow_inconsistent": allow_inconsistent}
+            compare_arguments(self._group, given)
             try:
                 restored = self._run.restorer(required=bool(required)).restore(flat, request)
             except ParckptError as error:
-                self._spoiled = list(error.facts.get("state_touched", ()))
+                self._spoiled = sorted({*self._spoiled, *error.facts.get("state_touched", ())})
                 raise
-            self._run.adopt(None if restored.is_foreign else restored.facts)
+            self._run.adopt(restored.facts)
             self._spoiled = []
             self._step = restored.progress.step
             self._history = History(self._step, self._clock.monotonic())
@@ -276,7 +282,8 @@ class ModelCheckpoint:
             decision = self._decide(self._step)
             self.last_decision = decision
             due = decision.save and self._group.is_root
-            if decision.save:
+            # Every rank can count steps; the time is root's, so others wait for what it decides.
+            if decision.save and (due or self.config.save_checkpoint_steps):
                 self._run.prepare(prepared, self._describe, self._step, decision.reason)
         except Exception as error:  # user code before the first collective; the round carries the outcome
             prepared.error = error
@@ -415,6 +422,11 @@ class ModelCheckpoint:
     def _leave(self, *, by_error: bool, save: bool = True) -> None:
         """Answer the other ranks' rounds until all are leaving; then the last save, unless somebody failed."""
         mishap: Exception | None = None
+        if by_error:
+            # The others may sit in a collective of the program, which this rank will never join: do not keep the
+            # launcher from ending the job (python -m mpi4py) for as long as an agreement may take.
+            waiter = Waiter(min(self.config.agree_timeout_s, LEAVE_BY_ERROR_TIMEOUT_S))
+            self._group = replace(self._group, waiter=waiter)
         while True:
             failed = by_error or mishap is not None
             unsaved = False
@@ -425,9 +437,11 @@ class ModelCheckpoint:
                 continue
             try:
                 agreed = self._round(Call.LEAVE, self._step, Prepared(), due_at_end=unsaved, by_error=failed)
-            except (TimeoutExpiredError, InternalError):
-                raise  # there is no round any more: asking again would be for ever
+            except TimeoutExpiredError:
+                raise
             except ParckptError as error:
+                if isinstance(error, InternalError) and isinstance(mishap, InternalError):
+                    raise  # there is no round any more: asking again would be for ever
                 mishap = error
                 continue
             if agreed.action is Action.END:

@@ -20,6 +20,7 @@ from parckpt.engine.catalog import Found, find_at, load_manifest, scan
 from parckpt.engine.group import Group
 from parckpt.engine.local import as_state
 from parckpt.engine.restorer import Request, Restorer
+from parckpt.engine.rounds import compare_arguments
 from parckpt.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -117,6 +118,8 @@ class _Loading:
                 raise
             error = problem
         self.group.agree(error)
+        given = {"ckpt_file_name": self.path, "strict_load": self.strict_load, "crc_check": self.crc_check}
+        compare_arguments(self.group, given)
         flat = flats[0]
         if flat is None and self.group.size == 1 and _is_foreign_file(self.fs, self.path):
             return foreign.load_all(self.fs, self.path, self.format, self.keep)
