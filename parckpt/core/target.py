@@ -11,7 +11,7 @@ from parckpt.core.contents import Contents
 from parckpt.core.flat import FlatState, LocalPiece, TensorLeaf, ValueLeaf
 from parckpt.core.layout import Box, whole
 from parckpt.core.tensors import TensorRow
-from parckpt.errors import ConfigError, StateMismatchError
+from parckpt.errors import ConfigError, ConfigTypeError, StateMismatchError
 
 __all__ = ["Matched", "NameMap", "Resize", "Selection", "Slot", "match", "unexpected"]
 
@@ -43,7 +43,9 @@ class Selection:
     def __post_init__(self) -> None:
         for name, given in (("only", self.only), ("exclude", self.exclude)):
             if isinstance(given, str) or (given is not None and not all(isinstance(item, str) for item in given)):
-                raise ConfigError(f"{name} must be a list of names, not {given!r}")
+                raise ConfigTypeError(f"{name} must be a list of names, not {given!r}")
+        if not (self.name_map is None or isinstance(self.name_map, Mapping) or callable(self.name_map)):
+            raise ConfigTypeError(f"name_map must be a mapping or a callable, not {type(self.name_map).__name__}")
 
     def takes(self, name: str) -> bool:
         """Whether a name (of the state) takes part."""
@@ -54,7 +56,10 @@ class Selection:
         """The state's name for a name of the checkpoint."""
         if self.name_map is None:
             return name
-        return self.name_map.get(name, name) if isinstance(self.name_map, Mapping) else self.name_map(name)
+        found = self.name_map.get(name, name) if isinstance(self.name_map, Mapping) else self.name_map(name)
+        if not isinstance(found, str):
+            raise ConfigTypeError(f"name_map gives {name!r} a name of type {type(found).__name__}")
+        return found
 
 
 def _any(name: str, patterns: Sequence[str]) -> bool:
@@ -122,7 +127,7 @@ class Matched:
             if names
         ]
         return StateMismatchError(
-            f"{path} does not fit the state: {'; '.join(parts)}; nothing was changed",
+            f"{path} does not fit the state: {'; '.join(parts)}",
             missing=missing,
             unexpected=unexpected,
             mismatched=self.mismatched,
@@ -186,21 +191,38 @@ class _Matcher:
         self.resizes: list[Resize] = []
         self.missing: list[str] = []
         self.mismatched: list[str] = []
-        if len(self.stored) != len(contents.index):
-            raise ConfigError("name_map gives two tensors of the checkpoint one name")
+        self.check_name_map({*contents.index, *values, *per_rank_values})
+
+    def check_name_map(self, names: set[str]) -> None:
+        given: dict[str, str] = {}
+        for name in sorted(names):
+            first = given.setdefault(self.selection.mapped(name), name)
+            if first != name:
+                raise ConfigError(f"name_map gives {first!r} and {name!r} of the checkpoint one name")
 
     def tensor(self, leaf: TensorLeaf) -> None:
         name, rows = self.stored.get(leaf.name, ("", []))
         tensors = self.contents.tensors
         if not rows:
-            self.missing.append(leaf.name)
+            self.no_tensor(leaf.name)
         elif (tensors[rows[0]].per_rank >= 0) != leaf.per_rank:
-            here, there = ("PerRank", "shared") if leaf.per_rank else ("shared", "PerRank")
-            self.mismatched.append(f"{leaf.name} is {here} in the state and {there} in the checkpoint")
+            self.differs(leaf.name, leaf.per_rank)
         elif not leaf.per_rank:
             self.shared(leaf, rows[0])
         else:
             self.own(leaf, name, {tensors[row].per_rank: row for row in rows})
+
+    def no_tensor(self, name: str) -> None:
+        value = self.shared_values.get(name)
+        # An empty sequence may have stood for "no shards here".
+        if name in self.own_values or (name in self.shared_values and value not in ([], {"tuple": []})):
+            self.mismatched.append(f"{name} is an array in the state and a plain value in the checkpoint")
+        else:
+            self.missing.append(name)
+
+    def differs(self, name: str, per_rank: bool) -> None:
+        here, there = ("PerRank", "shared") if per_rank else ("shared", "PerRank")
+        self.mismatched.append(f"{name} is {here} in the state and {there} in the checkpoint")
 
     def shared(self, leaf: TensorLeaf, row: int) -> None:
         if self.fits(leaf, self.contents.tensors[row], leaf.global_shape):
@@ -241,18 +263,22 @@ class _Matcher:
     def value(self, leaf: ValueLeaf) -> None:
         if leaf.may_be_no_shards and leaf.name in self.stored:
             return
-        if leaf.per_rank:
-            self.own_value(leaf)
-        elif leaf.name in self.shared_values:
-            self.values[leaf.name] = self.shared_values[leaf.name]
-        else:
+        there = self.own_values if leaf.per_rank else self.shared_values
+        elsewhere = self.shared_values if leaf.per_rank else self.own_values
+        if leaf.name not in there and leaf.name in elsewhere:
+            self.differs(leaf.name, leaf.per_rank)
+        elif leaf.name not in there and leaf.name in self.stored:
+            self.mismatched.append(f"{leaf.name} is a plain value in the state and an array in the checkpoint")
+        elif leaf.name not in there:
             self.missing.append(leaf.name)
+        elif leaf.per_rank:
+            self.own_value(leaf)
+        else:
+            self.values[leaf.name] = self.shared_values[leaf.name]
 
     def own_value(self, leaf: ValueLeaf) -> None:
-        name, by_rank = self.own_values.get(leaf.name, ("", {}))
-        if not name:
-            self.missing.append(leaf.name)
-        elif self.same_size:
+        name, by_rank = self.own_values[leaf.name]
+        if self.same_size:
             if str(self.rank) in by_rank:
                 self.values[leaf.name] = by_rank[str(self.rank)]
             else:

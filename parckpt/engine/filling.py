@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,12 +36,17 @@ class Filling:
         Where each goes.
     arrays : dict
         Tensor name to the arrays that were allocated (a list where the state has a list).
+    names : set of str
+        Tensors of the state that are changed by the time `finish` has run.
     """
 
     wants: list[Want] = field(default_factory=list)
     ports: dict[Want, list[Port]] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
-    _afterwards: list[Callable[[], None]] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+    _direct: dict[str, set[str]] = field(default_factory=dict)  # stored name -> state names filled without a buffer
+    _values: dict[str, Any] = field(default_factory=dict)
+    _afterwards: list[Callable[[], object]] = field(default_factory=list)
     _old: dict[str, list[Array]] = field(default_factory=dict)
 
     def want(self, tensor: int, box: Any, array: Array, dtype: np.dtype[Any]) -> None:
@@ -51,45 +56,62 @@ class Filling:
             self.wants.append(wanted)
         self.ports.setdefault(wanted, []).append(Port(array, dtype))
 
-    def finish(
-        self, flat: FlatState, matched: Matched, per_rank: Mapping[str, Mapping[str, Any]], rank: int, size: int
-    ) -> Any:
-        """Convert, hand out and write back once every byte has come. Returns the rebuilt state.
+    def overwritten(self, touched: Iterable[str]) -> set[str]:
+        """State names of the caller's arrays that bytes of these stored tensors went straight into."""
+        return {name for stored in touched for name in self._direct.get(stored, ())}
 
-        Calls user code (``write_from``, ``on_resize``); its errors are the caller's to agree on.
+    def settle(self, matched: Matched, per_rank: Mapping[str, Mapping[str, Any]], rank: int, size: int) -> None:
+        """Once every byte has come, make everything that `finish` hands out. Nothing of the caller's is changed.
+
+        Calls user code (``on_resize``); its errors are the caller's to agree on.
+
+        Raises
+        ------
+        StateMismatchError
+            If ``on_resize`` gave an array of another shape.
+        """
+        self._values.update((name, values.decode(value)) for name, value in matched.values.items())
+        for resize in matched.resizes:
+            leaf = resize.leaf
+            assert callable(leaf.on_resize)
+            if isinstance(leaf, TensorLeaf):
+                old: list[Any] = list(self._old.get(leaf.name, []))
+                self._put(leaf, leaf.on_resize(old, rank, size))
+            else:
+                by_rank = per_rank[resize.stored_name]
+                old = [values.decode(by_rank[key]) for key in sorted(by_rank, key=int)]
+                self._values[leaf.name] = leaf.on_resize(old, rank, size)
+
+    def finish(self, flat: FlatState) -> Any:
+        """Hand out and write back. Returns the rebuilt state.
+
+        Calls user code (``write_from``); its errors are the caller's to agree on.
         """
         for step in self._afterwards:
             step()
-        restored = {name: values.decode(value) for name, value in matched.values.items()}
-        for resize in matched.resizes:
-            old: list[Any] = self._old.get(resize.leaf.name, [])
-            if not isinstance(resize.leaf, TensorLeaf):
-                by_rank = per_rank[resize.stored_name]
-                old = [values.decode(by_rank[key]) for key in sorted(by_rank, key=int)]
-            assert callable(resize.leaf.on_resize)
-            new = resize.leaf.on_resize(old, rank, size)
-            if isinstance(resize.leaf, TensorLeaf):
-                self._put(resize.leaf, new)
-            else:
-                restored[resize.leaf.name] = new
         for leaf in flat.values:
-            if leaf.name in restored:
-                leaf.write_back(restored[leaf.name])
-        return flat.rebuild(self.arrays, restored)
+            if leaf.name in self._values:
+                leaf.write_back(self._values[leaf.name])
+        return flat.rebuild(self.arrays, self._values)
 
     def _put(self, leaf: TensorLeaf, new: Any) -> None:
-        array = np.asarray(new)
         piece = leaf.pieces[0]
+        array: Array = np.asarray(new)
         if array.shape != piece.shape:
             raise StateMismatchError(
                 f"on_resize of {leaf.name!r} gave shape {array.shape}, expected {piece.shape}", mismatched=[leaf.name]
             )
-        if isinstance(piece.source, np.ndarray):
-            piece.source[...] = array
-        elif isinstance(piece.source, Leaf) and piece.source.write_from is not None:
-            piece.source.write_from(_read_only(array.astype(leaf.dtype.numpy)))
+        array = np.array(array, leaf.dtype.numpy)  # a copy: what on_resize returned may be one of the old arrays
+        source = piece.source
+        self.names.add(leaf.name)
+        if isinstance(source, np.ndarray):
+            self._afterwards.append(lambda: _assign(source, array))
+        elif isinstance(source, Leaf):
+            write_from = source.write_from
+            assert write_from is not None
+            self._afterwards.append(lambda: write_from(_read_only(array)))
         else:
-            self.arrays[leaf.name] = array.astype(leaf.dtype.numpy)
+            self.arrays[leaf.name] = array
 
 
 def make_filling(contents: Contents, matched: Matched, *, atomic: bool) -> Filling:
@@ -124,7 +146,10 @@ def _target(filling: Filling, contents: Contents, slot: Slot, atomic: bool) -> A
     stored = contents.tensors[slot.tensor].dtype
     source = slot.piece.source
     converts = stored != slot.leaf.dtype
+    if source is not None:
+        filling.names.add(slot.leaf.name)
     if isinstance(source, np.ndarray) and not converts and not atomic:
+        filling._direct.setdefault(contents.tensors[slot.tensor].name, set()).add(slot.leaf.name)
         filling.want(slot.tensor, slot.box, source, stored.numpy)
         return source
     array: Array = np.empty(slot.piece.shape, stored.numpy)
