@@ -154,7 +154,7 @@ class Checkpoint(Mapping[str, "StoredArray"]):
     ----------
     path : str
     step : int
-    values, append_dict : dict
+    values_by_name, append_dict : dict
         Plain values, decoded.
     """
 
@@ -209,6 +209,8 @@ class StoredArray:
         return len(self.shape)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        if copy is False:
+            raise ValueError("a stored array cannot be had without a copy")
         array: Array = self[...]
         return array if dtype is None else array.astype(dtype)
 
@@ -226,10 +228,10 @@ class StoredArray:
 def _bounding(shape: tuple[int, ...], index: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]]:
     """The box that holds everything an index asks for, and the index into that box."""
     items = list(index) if isinstance(index, tuple) else [index]
-    if sum(item is Ellipsis for item in items) > 1 or len([i for i in items if i is not Ellipsis]) > len(shape):
+    dots = [at for at, item in enumerate(items) if item is Ellipsis]
+    if len(dots) > 1 or len(items) - len(dots) > len(shape):
         raise IndexError(f"index {index!r} does not fit shape {shape}")
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
+    for at in dots:
         items[at : at + 1] = [slice(None)] * (len(shape) - len(items) + 1)
     items += [slice(None)] * (len(shape) - len(items))
     offsets: list[int] = []
@@ -252,4 +254,5 @@ def _bounding(shape: tuple[int, ...], index: Any) -> tuple[tuple[int, ...], tupl
             rest.append(0)
         else:
             raise TypeError(f"only integers, slices and ... can index a stored array, not {item!r}")
-    return tuple(offsets), tuple(lengths), tuple(rest)
+    # As in NumPy, integers alone give a scalar, with ... an array of no dimensions.
+    return tuple(offsets), tuple(lengths), (*rest, ...) if dots else tuple(rest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from parckpt.engine import foreign, notyet
 from parckpt.engine.catalog import Found, find_at, load_manifest, scan
 from parckpt.engine.group import Group
 from parckpt.engine.local import as_state
-from parckpt.engine.restorer import Request, Restorer
+from parckpt.engine.restorer import Request, Restored, Restorer
 from parckpt.engine.rounds import compare_arguments
 from parckpt.errors import (
     CheckpointNotFoundError,
@@ -28,6 +28,7 @@ from parckpt.errors import (
     IntegrityError,
     StateWarning,
 )
+from parckpt.formats.registry import FORMATS
 from parckpt.signals import deferred_interrupt
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem, try_stat
 
@@ -75,7 +76,8 @@ def load_checkpoint(
     Returns
     -------
     dict
-        Arrays by name; strings as ``str``; MindSpore's map parameters as [keys, values, status].
+        Arrays by name; strings as ``str``; MindSpore's map parameters as [keys, values, status]. What belongs to one
+        rank is called ``<name>@rank_<r>``.
 
     Raises
     ------
@@ -84,12 +86,16 @@ def load_checkpoint(
     del dec_mode, remove_redundancy  # of no effect without a key; what is missing in a rank's file is in the others'
     notyet.refuse(enc_key=dec_key)
     fs = filesystem if filesystem is not None else PosixFileSystem()
-    path = os.path.abspath(os.fspath(ckpt_file_name))
+    path = os.fspath(ckpt_file_name)
+    if not isinstance(path, str):
+        raise ConfigTypeError(f"ckpt_file_name must be a str, not {type(path).__name__}")
+    if format is not None and format not in FORMATS:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS)}, not {format!r}", parameter="format")
     keep = _chooser(filter_prefix, specify_prefix, choice_func)
     group = Group(resolve(SELF if comm is None else comm, os.environ), Waiter(agree_timeout_s))
     try:
         with deferred_interrupt():
-            loading = _Loading(group, fs, path, keep, strict_load, crc_check, format)
+            loading = _Loading(group, fs, os.path.abspath(path), keep, strict_load, crc_check, format)
             return loading.run(net, allow_unverified)
     finally:
         group.comm.free()
@@ -123,19 +129,31 @@ class _Loading:
         flat = flats[0]
         if flat is None and self.group.size == 1 and _is_foreign_file(self.fs, self.path):
             return foreign.load_all(self.fs, self.path, self.format, self.keep)
-        if flat is not None:
-            flat = replace(flat, tensors=tuple(leaf for leaf in flat.tensors if self.keep(leaf.name)))
         restorer = Restorer(
             self.group, self.fs, os.path.dirname(self.path), "", nothing_found=lambda: None, may_mark=False
         )
-        selection = Selection(strict=False, cast=not self.strict_load)
-        restored = restorer.restore(flat, Request(selection, path=self.path, fallback=False))
+        selection = Selection(strict=False, cast=not self.strict_load, choose=self.keep)
+        request = Request(selection, path=self.path, allow_inconsistent=True, form=self.format)
+        restored = restorer.restore(flat, request)
+        return self._everything(restored) if flat is None else self._of_state(flat, restored)
+
+    def _everything(self, restored: Restored) -> dict[str, Any]:
+        """Whole tensors, then what else the file holds; what belongs to one rank as ``<name>@rank_<r>``."""
         progress = restored.progress
-        if flat is not None:
-            return {leaf.name: _one(leaf.pieces) for leaf in flat.tensors if leaf.name not in progress.missing}
-        found = dict(progress.state)
-        found.update({name: _as_loaded(value) for name, value in {**progress.values, **progress.append_dict}.items()})
-        return {name: value for name, value in found.items() if self.keep(name)}
+        found: dict[str, Any] = dict(progress.state)
+        plain: dict[str, Any] = {**progress.values, **progress.append_dict}
+        for name, by_rank in progress.per_rank.items():
+            labels = [f"{name}@rank_{rank}" for rank in restored.owners[name]]
+            plain.update({label: by_rank[place] for place, label in enumerate(labels) if self.keep(label)})
+        found.update({name: _as_loaded(value) for name, value in plain.items() if self.keep(name)})
+        return found
+
+    def _of_state(self, flat: FlatState, restored: Restored) -> dict[str, Any]:
+        """The arrays that were filled, by name; allocated ones where the state has a `Spec`."""
+        names = [leaf.name for leaf in flat.tensors if self.keep(leaf.name)]
+        held = {leaf.name: _one(leaf.pieces) for leaf in flat.tensors}
+        missing = set(restored.progress.missing)
+        return {name: restored.arrays.get(name, held[name]) for name in names if name not in missing}
 
     def _check(self, allow_unverified: bool | None) -> None:
         stat = try_stat(self.fs, self.path)
@@ -166,7 +184,7 @@ class _Loading:
             return
         manifest = load_manifest(self.fs, found) if found is not None else None
         if manifest is None:
-            manifest = foreign.open_foreign(self.fs, self.path)
+            manifest = foreign.open_foreign(self.fs, self.path, check=False, form=self.format)
         root = self.path if is_dir else os.path.dirname(self.path)
         for file in manifest.contents.files:
             path = os.path.join(root, file.path if is_dir else os.path.basename(self.path))

@@ -184,7 +184,7 @@ class _Saving:
                 modes=self.modes,
                 check=lambda: locks[0].check(),
             )
-            strings = {leaf.name: leaf.value for leaf in local.flat.values if isinstance(leaf.value, str)}
+            strings = _strings(local.flat) if self.form.name == "ckpt" else {}
             marks = {"remove_redundancy": "True"} if self.remove_redundancy else {}
             settled = appended.settle({**strings, **append}, 0, 0)
             ticket = Ticket(self._facts(stem, attempt, append), True, settled, marks)
@@ -257,6 +257,11 @@ def _flat_to_save(save_obj: Any, choice_func: Callable[[str], bool] | None, comm
     return replace(flat, tensors=tensors, values=plain)
 
 
+def _strings(flat: FlatState) -> dict[str, str]:
+    """Texts that stand in a ckpt file, too, as MindSpore writes them; safetensors has none but in the manifest."""
+    return {leaf.name: leaf.value for leaf in flat.values if isinstance(leaf.value, str) and not leaf.per_rank}
+
+
 def _refuse_parts(flat: FlatState) -> None:
     variable, size = launched_by(os.environ)
     if size == 1:
@@ -279,6 +284,8 @@ def _file_path(name: str | os.PathLike[str], extension: str) -> str:
     path = path if path.endswith(extension) else path + extension
     if os.path.basename(path) == extension:
         raise ConfigError(f"ckpt_file_name {path!r} has no name before the extension")
+    if os.path.basename(path).startswith("."):
+        raise ConfigError(f"ckpt_file_name {path!r} begins with a dot: such names are what parckpt sweeps")
     return os.path.abspath(path)
 
 

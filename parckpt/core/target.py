@@ -32,6 +32,8 @@ class Selection:
         Missing and unexpected names are errors.
     cast : bool
         Other dtypes are converted.
+    choose : callable, optional
+        Only names (of the state) for which this is true.
     """
 
     only: Sequence[str] | None = None
@@ -39,6 +41,7 @@ class Selection:
     name_map: NameMap | None = None
     strict: bool = True
     cast: bool = False
+    choose: Callable[[str], bool] | None = None
 
     def __post_init__(self) -> None:
         for name, given in (("only", self.only), ("exclude", self.exclude)):
@@ -50,7 +53,8 @@ class Selection:
     def takes(self, name: str) -> bool:
         """Whether a name (of the state) takes part."""
         chosen = self.only is None or _any(name, self.only)
-        return chosen and not (self.exclude is not None and _any(name, self.exclude))
+        excluded = self.exclude is not None and _any(name, self.exclude)
+        return chosen and not excluded and (self.choose is None or bool(self.choose(name)))
 
     def mapped(self, name: str) -> str:
         """The state's name for a name of the checkpoint."""

@@ -36,7 +36,10 @@ log = logging.getLogger("parckpt")
 
 @dataclass(frozen=True)
 class Request:
-    """What `restore` was asked for."""
+    """What `restore` was asked for.
+
+    ``form`` is the format of a file without a manifest; None: by its extension.
+    """
 
     selection: Selection = field(default_factory=Selection)
     step: int | None = None
@@ -45,6 +48,7 @@ class Request:
     atomic: bool = False
     min_step: int | None = None
     allow_inconsistent: bool = False
+    form: str | None = None
 
     @property
     def is_final(self) -> bool:
@@ -200,7 +204,10 @@ class Chooser:
 
     def _open(self, found: Found) -> Candidate:
         is_foreign = found.stem == _FOREIGN
-        manifest = foreign.open_foreign(self.fs, found.path) if is_foreign else load_manifest(self.fs, found)
+        if is_foreign:
+            manifest = foreign.open_foreign(self.fs, found.path, form=self.request.form)
+        else:
+            manifest = load_manifest(self.fs, found)
         if objection := self.request.objection(manifest.facts):  # else only a path, which was not listed
             raise CheckpointNotFoundError(f"{found.path}: {objection}", path=found.path)
         return Candidate(found, manifest, is_foreign)

@@ -35,7 +35,7 @@ class _Indexed:
     nbytes: int
 
 
-def open_foreign(fs: FileSystem, path: str, *, check: bool = True) -> Manifest:
+def open_foreign(fs: FileSystem, path: str, *, check: bool = True, form: str | None = None) -> Manifest:
     """Describe a file, or a directory of ``rank_<n>`` directories, as a checkpoint without checksums.
 
     Not collective. A checksum that the files carry is verified, unless ``check`` is False: of a single file only the
@@ -54,7 +54,7 @@ def open_foreign(fs: FileSystem, path: str, *, check: bool = True) -> Manifest:
     )
     files = []
     for name in names:
-        index, nbytes = index_file(fs, os.path.join(root, name))
+        index, nbytes = index_file(fs, os.path.join(root, name), form)
         if check:
             verify_crc(fs, os.path.join(root, name), index)
         files.append(_Indexed(name, index, nbytes))

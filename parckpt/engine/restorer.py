@@ -49,11 +49,14 @@ class Restored:
         start and for what came from elsewhere.
     arrays : mapping
         What was allocated, by name of the state: an array, or a list of them.
+    owners : mapping
+        The old ranks that the values of ``progress.per_rank`` belong to, by name.
     """
 
     progress: Progress
     facts: Facts | None
     arrays: Mapping[str, Any] = field(default_factory=dict)
+    owners: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,9 @@ class Restorer:
         self._touched |= filling.names
         rebuilt = self._agreed(lambda: filling.finish(state))
         progress = self._progress(choice, manifest, matched, rebuilt)
-        return Restored(progress, facts if self._is_ours(choice, facts) else None, filling.arrays)
+        return Restored(
+            progress, facts if self._is_ours(choice, facts) else None, filling.arrays, _owners(facts, contents)
+        )
 
     def _match(
         self, state: FlatState, selection: Selection, choice: _Choice, manifest: Manifest, *, is_open: bool
@@ -260,6 +265,15 @@ def _tell_touched(error: ParckptError, names: list[str]) -> None:
         error.message += f"; overwritten already: {', '.join(names[:8])}{more}"
     elif isinstance(error, StateMismatchError):
         error.message += "; nothing was changed"
+
+
+def _owners(facts: Facts, contents: Contents) -> dict[str, list[int]]:
+    found = {name: sorted(int(rank) for rank in by_rank) for name, by_rank in facts.per_rank_values.items()}
+    for name, rows in contents.index.items():
+        ranks = sorted(contents.tensors[row].per_rank for row in rows if contents.tensors[row].per_rank >= 0)
+        if ranks:
+            found[name] = ranks
+    return found
 
 
 def per_rank_mapping(
