@@ -198,6 +198,9 @@ def _single_file(fs: FileSystem, directory: str, stem: str, name: str, manifests
     for manifest_name in manifests:
         manifest_path = os.path.join(directory, manifest_name)
         facts, error = read_facts(fs, manifest_path)
+        if facts is not None and f"{facts.stem}.{facts.token}.manifest" != manifest_name:
+            what = f"{manifest_path} is the manifest of {facts.stem}, token {facts.token}"
+            facts, error = None, FormatError(what, path=manifest_path, field="stem")
         if error is not None:
             errors.append((manifest_path, error))
         elif facts is not None and f"{stem}.{naming.EXTENSIONS.get(facts.format, '')}" == name:
