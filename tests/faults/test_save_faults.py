@@ -143,7 +143,6 @@ REPLACE, ADD = 1, 2
         ("per-rank", ADD, errno.EIO, True),
         ("per-rank", REPLACE, errno.EIO, True),
         ("per-rank", REPLACE, errno.EIO, False),
-        ("per-rank", ADD, errno.ENOSPC, False),
         ("deduplicated-safetensors", ADD, errno.EACCES, True),
     ],
 )
