@@ -17,10 +17,23 @@ from parckpt.core.dtypes import DType, by_code
 from parckpt.core.layout import Box, whole
 from parckpt.errors import FormatError, LayoutError, UnsupportedVersionError
 
-__all__ = ["MAX_NBYTES", "MAX_NDIM", "PER_RANK", "SPLIT", "Description", "Held", "describe", "digest", "pack", "unpack"]
+__all__ = [
+    "EMPTY",
+    "MAX_NBYTES",
+    "MAX_NDIM",
+    "PER_RANK",
+    "SPLIT",
+    "Description",
+    "Held",
+    "describe",
+    "digest",
+    "pack",
+    "unpack",
+]
 
 PER_RANK = 1
-SPLIT = 2
+SPLIT = 2  # of a box
+EMPTY = 2  # of a plain value
 
 MAX_NDIM = 32  # what numpy 1.26 can hold
 MAX_NBYTES = 1 << 62  # of one tensor, and the bound of every coordinate: sums of two still fit in int64
@@ -76,7 +89,8 @@ class Description:
     value_names : tuple of str
         Plain values this rank has.
     value_flags : uint8 array
-        ``PER_RANK`` or 0 for each.
+        ``PER_RANK``, ``EMPTY`` or 0 for each. EMPTY: an empty sequence, which is also what a rank hands in that holds
+        no Shard of some tensor.
     """
 
     names: tuple[str, ...]
@@ -111,15 +125,15 @@ class Description:
         )
 
 
-def describe(held: Sequence[Held], values: Iterable[tuple[str, bool]]) -> Description:
+def describe(held: Sequence[Held], values: Iterable[tuple[str, int]]) -> Description:
     """Put what a rank holds into columns.
 
     Parameters
     ----------
     held : sequence of Held
         In the order of the rank's state.
-    values : iterable of (str, bool)
-        Names of plain values, and whether each belongs to this rank alone.
+    values : iterable of (str, int)
+        Names of plain values, and the flags of each.
 
     Raises
     ------
@@ -139,11 +153,11 @@ def describe(held: Sequence[Held], values: Iterable[tuple[str, bool]]) -> Descri
         ndim=np.array([len(h.global_shape) for h in held], dtype=np.uint8),
         dims=np.array([n for h in held for n in (*h.global_shape, *h.offsets, *h.shape)], dtype=np.int64),
         value_names=tuple(name for name, _ in listed),
-        value_flags=np.array([PER_RANK * per_rank for _, per_rank in listed], dtype=np.uint8),
+        value_flags=np.array([flags for _, flags in listed], dtype=np.uint8),
     )
 
 
-def pack(held: Sequence[Held], values: Iterable[tuple[str, bool]]) -> bytes:
+def pack(held: Sequence[Held], values: Iterable[tuple[str, int]]) -> bytes:
     """Describe what a rank holds in one deterministic byte string; see `describe`."""
     return describe(held, values).pack()
 
@@ -234,7 +248,7 @@ def _check_columns(
             by_code(code)
         except KeyError:
             _refuse("dtype", 0, f"element type {code} is unknown")
-    if (flags > (PER_RANK | SPLIT)).any() or (value_flags > PER_RANK).any():
+    if (flags > (PER_RANK | SPLIT)).any() or (value_flags > EMPTY).any():
         _refuse("flags", 0, "an unknown flag is set")
     if len(ndim) and int(ndim.max()) > MAX_NDIM:
         _refuse("ndim", 0, f"more than {MAX_NDIM} dimensions")

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from parckpt.core.describe import PER_RANK, Description
+from parckpt.core.describe import EMPTY, PER_RANK, Description
 from parckpt.core.holdings import Holdings, merge
 from parckpt.core.layout import Box
 from parckpt.core.ownership import CHUNK_NBYTES, assign_owners
@@ -203,8 +203,7 @@ def plan_save(
     holdings = merge(descriptions, rank_description)
     value_owner = _own_values(descriptions, np.asarray(rank_description, dtype=np.int64), holdings)
     split = split_replicas and remove_redundancy and not integrated
-    if integrated:
-        _check_file_names(holdings.tensors)
+    _check_file_names(holdings.tensors)
     if integrated or remove_redundancy:
         shares = assign_owners(replica_sets(holdings), nodes, split=split, chunk_nbytes=chunk_nbytes)
         pieces = owned_pieces(holdings, shares)
@@ -222,6 +221,7 @@ def _own_values(descriptions: Sequence[Description], rank_description: Ints, hol
         If a name is a value here and a tensor there, or belongs to one rank here and to the job there.
     """
     owner: dict[str, int] = {}
+    tensors = set(holdings.tensors.names)
     kinds: dict[str, tuple[str, int]] = {}
     seen: set[tuple[tuple[str, ...], bytes]] = set()
     for rank in holdings.group_ranks[holdings.group_start[:-1]].tolist():
@@ -231,6 +231,8 @@ def _own_values(descriptions: Sequence[Description], rank_description: Ints, hol
             continue
         seen.add(key)
         for name, flags in zip(description.value_names, description.value_flags.tolist(), strict=True):
+            if flags & EMPTY and name in tensors:
+                continue  # no value: this rank holds no Shard of that tensor
             kind = "PerRank" if flags & PER_RANK else "a plain value"
             if kinds.setdefault(name, (kind, rank))[0] != kind:
                 raise _name_error(name, kinds[name], (kind, rank))
@@ -257,7 +259,7 @@ def _name_error(name: str, first: tuple[str, int], second: tuple[str, int]) -> L
 
 
 def _check_file_names(table: TensorTable) -> None:
-    """Refuse a tensor that has the name under which another rank's tensor goes into the common file."""
+    """Refuse a tensor that has the name by which another rank's is opened, and stored in a common file."""
     own = {table[t].file_name: t for t in np.flatnonzero(table.per_rank >= 0).tolist()}
     taken = [name for name in table.names if name in own] if own else []
     if taken:

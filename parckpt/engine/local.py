@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from parckpt.core import values
-from parckpt.core.describe import Held, digest, pack
+from parckpt.core.describe import EMPTY, PER_RANK, Held, digest, pack
+from parckpt.core.flat import FlatState, ValueLeaf
 from parckpt.core.layout import Box, contains
-from parckpt.core.state import FlatState, State
+from parckpt.core.state import State
 from parckpt.engine.arrays import Source
 from parckpt.errors import ConfigTypeError, InternalError
 
@@ -47,9 +48,7 @@ class LocalState:
             for leaf in flat.tensors
             for piece in leaf.pieces
         ]
-        # An empty list is also what a rank hands in that holds no Shard of some tensor: then it is no value.
-        tensors = {leaf.name for leaf in flat.tensors}
-        listed = [(value.name, value.per_rank) for value in flat.values if value.name not in tensors]
+        listed = [(value.name, _flags(value)) for value in flat.values]
         description = pack(held, listed)
         sources = {leaf.name: [Source(leaf.name, leaf.dtype, piece) for piece in leaf.pieces] for leaf in flat.tensors}
         return cls(flat, description, digest(description), sources)
@@ -68,6 +67,10 @@ class LocalState:
     def own_values(self) -> dict[str, Any]:
         """Encoded plain values that belong to this rank alone."""
         return {leaf.name: values.encode(leaf.value) for leaf in self.flat.values if leaf.per_rank}
+
+
+def _flags(value: ValueLeaf) -> int:
+    return PER_RANK if value.per_rank else EMPTY if value.may_be_no_shards else 0
 
 
 def as_state(given: Any) -> State:

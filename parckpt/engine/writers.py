@@ -170,7 +170,8 @@ class Writers:
         for rank, report in enumerate(reports):
             all_shared, all_own = json.loads(report)
             for name, value in all_shared.items():
-                shared.setdefault(name, value)
+                if name in job.planned.save.value_owner:  # else an empty list that stood for "no shards here"
+                    shared.setdefault(name, value)
             for name, value in all_own.items():
                 own.setdefault(name, {})[str(rank)] = value
         # In the manifest the file has its published name, beside the manifest.

@@ -129,7 +129,7 @@ def _columns_of(count: int) -> dict[str, int]:
         ("row_name", 3, "row_name"),
         ("dtype", 200, "dtype"),
         ("flags", 4, "flags"),
-        ("value_flags", 2, "flags"),
+        ("value_flags", 4, "flags"),
         ("ndim", 3, "dims"),
         ("ndim", 40, "ndim"),
         ("lengths", 250, "names"),
