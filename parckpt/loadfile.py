@@ -177,7 +177,7 @@ class _Loading:
             )
         if self.group.is_root:
             message = f"{self.path} has no manifest: it is loaded without verification"
-            warnings.warn(message, StateWarning, stacklevel=6)
+            warnings.warn(message, StateWarning, stacklevel=5)
 
     def _check_crc(self, found: Found | None, is_dir: bool) -> None:
         if not self.group.is_root:
