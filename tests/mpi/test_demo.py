@@ -22,12 +22,16 @@ def train(mpi: Mpi, directory: Path, nranks: int, *, kill_at: int = 0) -> MpiRes
 
 
 def contents(directory: Path) -> dict[str, object]:
-    """Every full tensor as its type, shape and bytes, and every plain value, of the newest checkpoint."""
+    """Every full tensor as its type, shape and bytes, and every plain value, of the newest checkpoint.
+
+    What belongs to single ranks is left out: other numbers of ranks have other such entries.
+    """
     path = parckpt.latest_checkpoint(directory)
     assert path is not None
     return {
         name: (value.dtype.str, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
         for name, value in parckpt.load_checkpoint(path).items()
+        if "@rank_" not in name
     }
 
 
