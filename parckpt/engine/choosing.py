@@ -147,7 +147,7 @@ class Chooser:
         self.skipped.append((path, error.message))
         log.warning("%s is passed over for an older one: %s", path, error.message)
         if facts is not None and isinstance(error, IntegrityError) and self._may_mark:
-            self._set_aside(facts, error.message)
+            self._set_aside(path, facts, error.message)
 
     def _at_path(self, path: str) -> list[Found]:
         stat = try_stat(self.fs, path)
@@ -221,11 +221,13 @@ class Chooser:
     def _reasons(self) -> str:
         return "".join(f"\n  {path}: {why}" for path, why in self.skipped)
 
-    def _set_aside(self, facts: Facts, reason: str) -> None:
+    def _set_aside(self, path: str, facts: Facts, reason: str) -> None:
         mark = os.path.join(self.directory, naming.bad_name(facts.stem, facts.token))
         try:
             if try_stat(self.fs, mark) is None:
-                write_file(self.fs, mark, reason.encode("utf-8", "replace"))
+                # Whoever may read the checkpoint must be able to read that it is bad.
+                mode = self.fs.stat(path).mode & 0o666
+                write_file(self.fs, mark, reason.encode("utf-8", "replace"), mode)
                 self.fs.sync_directory(self.directory)
         except StorageError as error:
             log.warning("%s could not be marked as damaged: %s", facts.stem, error)

@@ -59,3 +59,19 @@ def test_a_save_amid_an_update_is_refused_on_all_ranks(tmp_path: Path) -> None:
             return len(parckpt.list_checkpoints(tmp_path))
 
     assert run_world(2, rank_main) == [1, 1]
+
+
+def test_the_mark_of_a_damaged_checkpoint_can_be_read_by_whoever_reads_the_checkpoint(tmp_path: Path) -> None:
+    config = parckpt.CheckpointConfig(file_mode=0o640, dir_mode=0o750, integrated_save=False)
+    with parckpt.ModelCheckpoint("net", tmp_path, config, comm=parckpt.SELF) as ckpt:
+        for step in (1, 2):
+            ckpt.step_end({"w": np.full(4, float(step))}, step)
+    with open(tmp_path / "net-1_2" / "rank_0" / "net-1_2.ckpt", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    weights = np.zeros(4)
+    with parckpt.ModelCheckpoint("net", tmp_path, config, comm=parckpt.SELF) as ckpt:
+        progress = ckpt.restore({"w": weights})
+    assert (progress.step, weights[0]) == (1, 1.0)
+    (mark,) = tmp_path.glob(".net-1_2.bad-*")
+    assert mark.stat().st_mode & 0o777 == 0o640
