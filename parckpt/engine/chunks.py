@@ -115,8 +115,8 @@ class ChunkWriter:
         """crc32 of everything added; waits until the full chunks are checksummed."""
         self._drain()
         crc = 0
-        for value in self.chunk_crcs[: self._submitted].tolist():
-            crc = combine(crc, value, CHUNK_NBYTES)
+        for index, value in enumerate(self.chunk_crcs[: self._submitted].tolist()):
+            crc = combine(crc, value, min(CHUNK_NBYTES, self.nbytes - index * CHUNK_NBYTES))
         if self._current is not None:
             crc = combine(crc, crc32(self._array[: self._filled]), self._filled)
         return crc
