@@ -14,7 +14,7 @@ pytestmark = pytest.mark.fast
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 # Plain files of one tensor list in state order. names.ckpt has an empty name, which a state may not have; int4 is int8
-# in NumPy; the rest of the corpus needs another slice size or MindSpore's asynchronous path, and the layout tests do that.
+# in NumPy; the rest of the corpus needs another slice size or MindSpore's asynchronous path: see the layout tests.
 NAMES = [
     *(f"ckpt/{name}.ckpt" for name in ("all_dtypes", "scalars", "shapes", "mlp_plain")),
     *(f"ckpt/{name}.ckpt" for name in ("all_dtypes_crc", "mlp_crc", "dtype_bfloat16", "dtype_complex64_unloadable")),

@@ -86,7 +86,8 @@ def test_any_windows_of_a_file_fill_exactly_what_both_boxes_have(data: st.DataOb
 def test_pushing_all_held_parts_makes_the_file(data: st.DataObject, kind: str, width: int) -> None:
     shape = data.draw(shapes(max_ndim=3, max_extent=5, min_extent=1))
     stored, held = data.draw(boxes_in(shape)), Box((0,) * len(shape), shape)
-    full = np.arange(np.prod(shape, dtype=int), dtype=U4).reshape(shape) * 0x01020304
+    # numpy 1 widens a 0-d product.
+    full = np.asarray(np.arange(np.prod(shape, dtype=int), dtype=U4).reshape(shape) * 0x01020304, U4)
     content = np.ascontiguousarray(full[slices(stored, (0,) * len(shape))]).reshape(-1).view(np.uint8)
     port = Port(laid_out(kind, full), U4)
     by_push, by_load = np.zeros(content.size + 3, np.uint8), np.zeros(content.size + 3, np.uint8)
