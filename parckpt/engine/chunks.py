@@ -21,10 +21,10 @@ from parckpt.core.manifest import CHUNK_NBYTES
 
 __all__ = ["NBUFFERS", "ChunkWriter", "Output"]
 
-# Two threads keep two writes in the device's queue while a third buffer is filled and a fourth waits: measured, more
-# gain nothing. 16 MiB a rank.
-NTHREADS = 2
-NBUFFERS = 4
+# Three threads keep two writes in the device's queue while one checksums; one more buffer is being filled, two wait.
+# 24 MiB a rank; docs/benchmarks.md has the figures.
+NTHREADS = 3
+NBUFFERS = 6
 
 Bytes = npt.NDArray[np.uint8]
 
