@@ -25,7 +25,7 @@ from parckpt.engine.planning import Planned, check_replicas, make_plan, node_num
 from parckpt.engine.restorer import Restorer
 from parckpt.engine.saver import Saved, Saver, Ticket
 from parckpt.engine.staging import Modes
-from parckpt.errors import ConfigError, ConfigWarning, ParckptError, StateWarning, StorageError
+from parckpt.errors import ConfigError, ConfigWarning, StateWarning, StorageError
 from parckpt.formats.registry import FORMATS
 from parckpt.storage.filesystem import FileSystem
 from parckpt.storage.identity import identify
@@ -188,12 +188,7 @@ class Run:
         ticket = prepared.ticket or self._ticket(self._lineage, step, reason)
         assert prepared.local is not None
         assert self.planned is not None
-        try:
-            saved = self._saver.save(prepared.local, self.planned, ticket)
-        except ParckptError:
-            # The next attempt gets a token, hence a staging directory, of its own. All ranks are here.
-            self._lineage = replace(self._lineage, sequence=ticket.facts.sequence)
-            raise
+        saved = self._saver.save(prepared.local, self.planned, ticket)
         facts, before = ticket.facts, self._saved_step
         self._saved_step = facts.step
         self._lineage = replace(self._lineage, prefix=facts.prefix, sequence=facts.sequence, parent=facts.token)
@@ -243,8 +238,8 @@ class Run:
         assert self.planned is not None
         lineage = self._lineage
         if lineage.prefix is None:
-            sequence = max(lineage.sequence, self.keeper.highest_sequence())
-            lineage = replace(lineage, prefix=self.keeper.numbered_prefix(), sequence=sequence)
+            prefix, sequence = self.keeper.numbered_prefix(), self.keeper.highest_sequence()
+            lineage = replace(lineage, prefix=prefix, sequence=sequence)
         lineage = replace(lineage, sequence=max(lineage.sequence, self._begun))
         ticket = self._ticket(lineage, step, reason)
         taken, ours = self._taken(ticket)
