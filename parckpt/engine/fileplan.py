@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from parckpt.core import dtypes
 from parckpt.core.layout import Box
 from parckpt.core.tablefile import Column
 from parckpt.core.tensors import TensorRow
 from parckpt.errors import ConfigError
 from parckpt.formats.base import Entry, Extent, FileLayout, Format
 
-__all__ = ["FilePlan", "plan_file"]
+__all__ = ["FilePlan", "appended_entry", "plan_file"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,14 @@ def plan_file(
         len(boxes),
         {"box_entry": np.array(index, "<u4"), "entry_names": tuple(extra), **_extent_columns(layout, len(boxes))},
     )
+
+
+def appended_entry(form: Format, name: str, value: Any) -> tuple[Entry, bytes]:
+    """Entry and content of an appended value or array."""
+    if not isinstance(value, np.ndarray):
+        return form.value_entry(name, value)
+    dtype = dtypes.from_numpy(value.dtype)
+    return form.entry(name, dtype, value.shape), np.ascontiguousarray(value, dtype.numpy).tobytes()
 
 
 def _extent_columns(layout: FileLayout, nboxes: int) -> dict[str, Column]:

@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from parckpt.core import appended, dtypes
+from parckpt.core import appended
 from parckpt.core.layout import Box
 from parckpt.core.manifest import CHUNK_NBYTES, Facts, Record
 from parckpt.core.tensors import TensorRow
 from parckpt.engine.arrays import Source
 from parckpt.engine.chunks import NBUFFERS, ChunkWriter
 from parckpt.engine.filecrc import GatheredCrc, local_crc
-from parckpt.engine.fileplan import FilePlan, plan_file
+from parckpt.engine.fileplan import FilePlan, appended_entry, plan_file
 from parckpt.engine.gathering import GatherPlan, Owners, stream_gathered
 from parckpt.engine.group import Group
 from parckpt.engine.local import LocalState
 from parckpt.engine.planning import Planned
 from parckpt.engine.staging import Staging
 from parckpt.engine.writing import finish, stream_local
-from parckpt.formats.base import Entry, Extent, Format
+from parckpt.formats.base import Extent, Format
 from parckpt.formats.safetensors import MINDSPORE_METADATA
 from parckpt.storage.direct import OutputFile, aligned_buffer
 
@@ -198,7 +198,7 @@ class Writers:
 
     def _plan(self, job: Job, layout: _Layout, crc: int | None) -> FilePlan:
         """Lay the file out; the last layout is kept while all that it depends on is the same."""
-        extra = [_appended(self.form, name, value) for name, value in job.append.items()]
+        extra = [appended_entry(self.form, name, value) for name, value in job.append.items()]
         key = (job.planned.hash, crc, tuple(entry for entry, _ in extra))
         if self._last_plan is None or self._last_plan[0] != key:
             metadata = {**MINDSPORE_METADATA, **job.marks}
@@ -248,14 +248,6 @@ def _pass(source: Source, box: Box) -> Iterator[npt.NDArray[np.uint8]]:
     """One pass over a box; a Leaf is let go at the end and read again for the next."""
     yield from source.blocks(box, CHUNK_NBYTES)
     source.release()
-
-
-def _appended(form: Format, name: str, value: Any) -> tuple[Entry, bytes]:
-    """Entry and content of an appended value or array."""
-    if not isinstance(value, np.ndarray):
-        return form.value_entry(name, value)
-    dtype = dtypes.from_numpy(value.dtype)
-    return form.entry(name, dtype, value.shape), np.ascontiguousarray(value, dtype.numpy).tobytes()
 
 
 def _pack(local: LocalState) -> bytes:
