@@ -17,6 +17,7 @@ from parckpt.core.config import CheckpointConfig
 from parckpt.core.leaves import Leaf, PerRank, Shard, Spec
 from parckpt.core.shards import flat_shards
 from parckpt.core.state import State
+from parckpt.core.triggers import AtSteps, EveryEpochs, EverySeconds, EverySteps
 from parckpt.core.version import VERSION
 from parckpt.engine.progress import Progress
 from parckpt.errors import (
@@ -53,6 +54,7 @@ __version__ = VERSION
 
 __all__ = [
     "SELF",
+    "AtSteps",
     "Checkpoint",
     "CheckpointConfig",
     "CheckpointExistsError",
@@ -65,6 +67,9 @@ __all__ = [
     "ConfigError",
     "ConfigTypeError",
     "ConfigWarning",
+    "EveryEpochs",
+    "EverySeconds",
+    "EverySteps",
     "FormatError",
     "IntegrityError",
     "InternalError",

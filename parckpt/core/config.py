@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar, overload
 
-from parckpt.core import checks
+from parckpt.core import checks, policyoptions
 from parckpt.core.policy import SavePolicy
 from parckpt.core.retention import RetentionPolicy
+from parckpt.core.triggers import Trigger
 from parckpt.errors import ConfigError
 
 __all__ = ["CheckpointConfig"]
@@ -92,6 +93,22 @@ class CheckpointConfig:
     remove_redundancy : bool
         Write what several ranks hold alike once. A file per rank.
     format : {"ckpt", "safetensors", "hdf5"}
+    triggers : sequence of EverySteps, EverySeconds, EveryEpochs, AtSteps
+        Any of these makes a save due, beside `save_checkpoint_steps` or `save_checkpoint_seconds`.
+    ephemeral_steps : int, optional
+        Save also so many steps after the last save, but keep that one only until the next publish. It does not count
+        for `keep_checkpoint_max`, and does not delay the other saves.
+    keep_every_n_steps : int, optional
+        Keep for good, beside what the numbers above keep, the first at or after each multiple of so many steps.
+    keep_best : int
+        Keep also so many with the best `best_metric`; of equal ones the newer. 0: none.
+    best_metric : str, optional
+        Name of one of the ``metrics`` given to `step_end`; root's value counts. What has none, or NaN, is never best.
+    best_mode : {"min", "max"}
+        Which is better.
+    time_to_live_s : float, optional
+        Delete after a publish what is older than so many seconds, though the numbers above would keep it. Not what
+        `keep_every_n_steps` and `keep_best` keep, and not the newest that a restore would take.
     replica_check : {"first", "always", "never"}
         When to compare what ranks hold as replicas; "first": at the first save, and after each change of the plan.
     split_replicas : bool, optional
@@ -141,6 +158,13 @@ class CheckpointConfig:
     crc_check = _Option[bool]()
     remove_redundancy = _Flag()
     format = _Option[str]()
+    triggers = _Option[tuple[Trigger, ...]]()
+    ephemeral_steps = _Option[int | None]()
+    keep_every_n_steps = _Option[int | None]()
+    keep_best = _Option[int]()
+    best_metric = _Option[str | None]()
+    best_mode = _Option[str]()
+    time_to_live_s = _Option[float | None]()
     replica_check = _Option[str]()
     on_save_error = _Option[str]()
     max_failed_saves = _Option[int]()
@@ -172,6 +196,13 @@ class CheckpointConfig:
         remove_redundancy: bool = False,
         format: str = "ckpt",
         *,
+        triggers: Sequence[Trigger] = (),
+        ephemeral_steps: int | None = None,
+        keep_every_n_steps: int | None = None,
+        keep_best: int = 0,
+        best_metric: str | None = None,
+        best_mode: str = "min",
+        time_to_live_s: float | None = None,
         replica_check: str = "first",
         split_replicas: bool | None = None,
         on_save_error: str = "raise",
@@ -209,12 +240,21 @@ class CheckpointConfig:
     @property
     def save_policy(self) -> SavePolicy:
         """When to save."""
-        return SavePolicy(self.save_checkpoint_steps, self.save_checkpoint_seconds)
+        return SavePolicy(self.save_checkpoint_steps, self.save_checkpoint_seconds, self.triggers, self.ephemeral_steps)
 
     @property
     def retention_policy(self) -> RetentionPolicy:
         """What to keep."""
-        return RetentionPolicy(self.keep_checkpoint_max, self.keep_checkpoint_per_n_minutes, self.keep_breakpoints)
+        return RetentionPolicy(
+            self.keep_checkpoint_max,
+            self.keep_checkpoint_per_n_minutes,
+            self.keep_breakpoints,
+            every_steps=self.keep_every_n_steps,
+            best=self.keep_best,
+            best_metric=self.best_metric,
+            best_mode=self.best_mode,
+            time_to_live_s=self.time_to_live_s,
+        )
 
     def get_checkpoint_policy(self) -> dict[str, Any]:
         """The four numbers and the network, as a new dict."""
@@ -226,6 +266,7 @@ class CheckpointConfig:
         Objects appear by type; of the key only whether there is one.
         """
         shown = dict(self._options, split_replicas=self.split_replicas)
+        shown["triggers"] = [str(trigger) for trigger in self.triggers]
         shown["enc_key"] = None if self.enc_key is None else "<set>"
         shown["saved_network"] = None if self.saved_network is None else f"<{type(self.saved_network).__name__}>"
         if self.append_dict is not None:
@@ -292,6 +333,7 @@ def _check_together(options: Mapping[str, Any]) -> None:
 
 def _check_extras(given: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {
+        **policyoptions.check(given),
         "replica_check": checks.choice("replica_check", given["replica_check"], ("first", "always", "never")),
         "split_replicas": given["split_replicas"],
         "on_save_error": checks.choice("on_save_error", given["on_save_error"], ("raise", "warn")),
@@ -322,7 +364,7 @@ def _void(options: Mapping[str, Any]) -> tuple[str, ...]:
         f"save_checkpoint_seconds={seconds} has no effect: save_checkpoint_steps={steps} decides; "
         "set save_checkpoint_steps=0": bool(steps and seconds),
         "save_checkpoint_steps and save_checkpoint_seconds are both 0 or None: nothing is saved unless asked for": (
-            not steps and not seconds
+            not steps and not seconds and not options["triggers"] and not options["ephemeral_steps"]
         ),
         f"keep_checkpoint_per_n_minutes={minutes} has no effect: keep_checkpoint_max={most} decides; "
         "set keep_checkpoint_max=0": bool(most and minutes),
@@ -342,6 +384,7 @@ def _void(options: Mapping[str, Any]) -> tuple[str, ...]:
         "incremental has no effect: there are no MapParameters to save in parts": bool(options["map_param_inc"]),
         "enable_redundance has no effect: parckpt finds replicas by itself": bool(options["enable_redundance"]),
     }
+    said |= policyoptions.void(options)
     return tuple(message for message, applies in said.items() if applies)
 
 
