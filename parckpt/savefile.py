@@ -16,6 +16,7 @@ from parckpt.core.manifest import Facts
 from parckpt.core.state import flatten
 from parckpt.core.version import VERSION
 from parckpt.engine import notyet
+from parckpt.engine.belonging import Owner
 from parckpt.engine.group import Group
 from parckpt.engine.local import LocalState, as_state
 from parckpt.engine.planning import check_replicas, make_plan, node_numbers
@@ -201,7 +202,7 @@ class _Saving:
         locks.append(
             Lock.acquire(self.fs, directory, stem, identity, SystemClock(), _LOCK_STALE_S, mode=self.modes.file)
         )
-        recover(self.fs, directory, lambda other: other == stem, locks[0].check, self.modes)
+        recover(self.fs, directory, Owner(stem, one_name=True), locks[0].check, self.modes)
         try:
             saver.begin(planned, ticket)
         except Exception as error:

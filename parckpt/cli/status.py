@@ -46,12 +46,16 @@ def status(
     now = SystemClock().wall()
     published = scan(fs, path)
     holders = {name: holder for name in find_locks(fs, path) if (holder := holder_of(fs, path, name, now, STALE_S))}
-    left = debris(fs, path, lambda stem: any(h.replaceable is None and owns(h.prefix, stem) for h in holders.values()))
+    left = debris(
+        fs,
+        path,
+        lambda stem, family: any(h.replaceable is None and owns(h.prefix, stem, family) for h in holders.values()),
+    )
     content = {
         "directory": path,
         "free_nbytes": fs.free_nbytes(path),
         "prefixes": _prefixes(fs, path, published, holders, prefix),
-        "debris": [_debris_row(item, now) for item in left if prefix is None or owns(prefix, item.stem)],
+        "debris": [_debris_row(item, now) for item in left if prefix is None or owns(prefix, item.stem, item.family)],
         "foreign": len(foreign_entries(fs, path, published)),
     }
     if as_json:

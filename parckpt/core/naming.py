@@ -1,7 +1,9 @@
 """Every name parckpt gives to something on disk: how it is made, and how it is recognised.
 
-Sweeping and retention touch only what `parse` accepts, so it accepts nothing that `Stem.__str__` and the functions
-below do not make: no leading zeros, no other digits than 0 to 9, no prefix that `check_prefix` refuses.
+Most names follow from a prefix: ``<prefix>-<epoch>_<step>``. `parse` and `parse_stem` accept nothing else than what
+`Stem.__str__` and the functions below make: no leading zeros, no other digits than 0 to 9, no prefix that
+`check_prefix` refuses. Where the program chose the name (a callable prefix, `save_checkpoint`), it is any that
+`check_name` accepts; whose such a checkpoint is, only its manifest tells.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ __all__ = [
     "Name",
     "Stem",
     "bad_name",
+    "belongs",
+    "check_name",
     "check_prefix",
     "epoch_and_step",
     "lock_name",
     "manifest_name",
     "numbered_prefix",
     "parse",
+    "parse_hidden",
     "parse_rank_directory",
     "parse_stem",
     "rank_directory",
@@ -56,7 +61,7 @@ Kind = Literal["step", "data", "manifest", "staging", "trash", "replaced", "bad"
 
 _NUMBER = r"(?:0|[1-9][0-9]{0,18})"
 _STEM = re.compile(rf"(?P<prefix>.*)-(?P<epoch>{_NUMBER})_(?P<step>{_NUMBER})(?P<mark>_breakpoint)?", re.DOTALL)
-_HIDDEN = re.compile(r"\.(?P<stem>.*)\.(?P<kind>staging|trash|replaced|bad)-(?P<token>[0-9a-f]{16})", re.DOTALL)
+_HIDDEN = re.compile(r"\.(?P<stem>.+)\.(?P<kind>staging|trash|replaced|bad)-(?P<token>[0-9a-f]{16})", re.DOTALL)
 _MANIFEST = re.compile(r"(?P<stem>.*)\.(?P<token>[0-9a-f]{16})\.manifest", re.DOTALL)
 _DATA = re.compile(rf"(?P<stem>.*)\.(?P<extension>{'|'.join(EXTENSIONS.values())})", re.DOTALL)
 _RANK = re.compile(r"rank_(0|[1-9][0-9]{0,8})")
@@ -119,6 +124,37 @@ def check_prefix(prefix: object) -> str:
     return prefix
 
 
+def check_name(name: object) -> str:
+    """Return the `name` that a program chose for a checkpoint, without extension, if it can be one.
+
+    Raises
+    ------
+    ConfigTypeError, ConfigError
+        As `check_prefix`; besides, it must not be empty (the file would be hidden) nor look like something else that
+        stands in a checkpoint directory or in a step directory.
+    """
+    if not isinstance(name, str):
+        raise ConfigTypeError(f"prefix must return a str, not {type(name).__name__}")
+    if not name:
+        raise ConfigError("prefix returned an empty name")
+    reserved = name in (MANIFEST, PLAN, RECORD, ABORTED) or parse_rank_directory(name) is not None
+    if reserved or name.endswith(".manifest"):
+        raise ConfigError(f"prefix returned {name!r}, a name that parckpt gives to parts of a checkpoint")
+    try:
+        return check_prefix(name)
+    except ConfigError as error:
+        raise ConfigError(f"prefix returned {name!a}: {error.message}") from error
+
+
+def belongs(stem: str, family: str) -> bool:
+    """Whether a stem is one that a run with the prefix `family` makes by itself, numbered on or not."""
+    parsed = parse_stem(stem)
+    if parsed is None or not parsed.prefix.startswith(family):
+        return False
+    rest = parsed.prefix[len(family) :]
+    return rest == "" or (rest[0] == "_" and rest[1:].isascii() and rest[1:].isdigit())
+
+
 def epoch_and_step(step: int, steps_per_epoch: int | None) -> tuple[int, int]:
     """Epoch (from 1) and step within it (1 to `steps_per_epoch`) of a global step; all is epoch 1 without that.
 
@@ -178,6 +214,12 @@ def parse_rank_directory(name: str) -> int | None:
     """Rank of a `rank_directory` name, or None."""
     match = _RANK.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def parse_hidden(name: str) -> tuple[str, Kind, str] | None:
+    """Stem (of any form), kind and token of ``.<stem>.<kind>-<token>``; None for other names."""
+    match = _HIDDEN.fullmatch(name)
+    return (match["stem"], match["kind"], match["token"]) if match else None  # type: ignore[return-value]
 
 
 def parse_stem(text: str) -> Stem | None:

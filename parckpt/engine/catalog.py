@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from parckpt.core import naming
 from parckpt.core.crc import crc32
@@ -26,7 +27,16 @@ from parckpt.storage.atomic import read_file
 from parckpt.storage.direct import InputFile
 from parckpt.storage.filesystem import FileSystem, try_stat
 
-__all__ = ["MAX_MANIFEST_NBYTES", "Found", "find_at", "load_manifest", "manifest_stem", "read_facts", "scan"]
+__all__ = [
+    "MAX_MANIFEST_NBYTES",
+    "Found",
+    "find_at",
+    "load_manifest",
+    "manifest_stem",
+    "read_facts",
+    "scan",
+    "step_directories",
+]
 
 MAX_MANIFEST_NBYTES = 8 << 30  # 4 million shards take a few hundred MB
 
@@ -71,13 +81,15 @@ class Found:
         return self.facts.token if self.facts else ""
 
 
-def scan(fs: FileSystem, directory: str, family: str | None = None) -> list[Found]:
+def scan(fs: FileSystem, directory: str, family: str | None = None, *, any_name: bool = False) -> list[Found]:
     """List the published checkpoints of a directory, newest first; those with unreadable manifests come last.
 
     Parameters
     ----------
     family : str, optional
-        Only those whose prefix the user gave as this (numbered prefixes included).
+        Only those whose prefix the user gave as this (numbered prefixes included), as their manifests say.
+    any_name : bool
+        The family's names are of the program's own choice: what is damaged may be of it, whatever it is called.
 
     Raises
     ------
@@ -86,7 +98,7 @@ def scan(fs: FileSystem, directory: str, family: str | None = None) -> list[Foun
     """
     names = fs.listdir(directory)
     found = [*_directories(fs, directory, names), *_single_files(fs, directory, names)]
-    found = [_with_mark(fs, directory, one, names) for one in found if _belongs(one, family)]
+    found = [_with_mark(fs, directory, one, names) for one in found if _belongs(one, family, any_name)]
     return sorted(found, key=_age, reverse=True)
 
 
@@ -153,17 +165,67 @@ def manifest_stem(name: str) -> str | None:
 
 def _directories(fs: FileSystem, directory: str, names: Iterable[str]) -> list[Found]:
     found: list[Found] = []
-    visible = set(names)
-    for name in names:
-        parsed = naming.parse(name)
-        if parsed is None or parsed.kind not in ("step", "replaced"):
+    for name, stem in _possible_directories(names):
+        path = os.path.join(directory, name)
+        stat = try_stat(fs, path)
+        if stat is None or not stat.is_dir:
             continue
-        if parsed.kind == "replaced" and str(parsed.stem) in visible:
-            continue  # its successor is in place: waiting to be deleted
-        stat = try_stat(fs, os.path.join(directory, name))
-        if stat is not None and stat.is_dir:
-            found.append(_directory(fs, directory, name, str(parsed.stem)))
+        by_prefix = naming.parse_stem(stem) is not None
+        if by_prefix or _has(fs, path, naming.MANIFEST):
+            one = _directory(fs, directory, name, stem)
+            if by_prefix or _is_named_so(fs, one):
+                found.append(one)
     return found
+
+
+def _possible_directories(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Names that step directories may have, and the stems; without the data files, of which there may be many."""
+    present = set(names)
+    stems = {stem for name in present if (stem := manifest_stem(name)) is not None}
+    files = {f"{stem}.{extension}" for stem in stems for extension in naming.EXTENSIONS.values()}
+    for name in names:
+        if hidden := naming.parse_hidden(name):
+            # With its successor in place it only waits to be deleted.
+            if hidden[1] == "replaced" and hidden[0] not in present:
+                yield name, hidden[0]
+        elif not (
+            name.startswith(".")
+            or name in files
+            or manifest_stem(name) is not None
+            or naming.parse_rank_directory(name) is not None
+        ):
+            yield name, name
+
+
+def step_directories(fs: FileSystem, directory: str, holding: str) -> list[str]:
+    """Names of those directories of a directory that may be checkpoints and have an entry ``holding``."""
+    names = fs.listdir(directory)
+    return [
+        name
+        for name, stem in _possible_directories(names)
+        if name == stem and _has(fs, os.path.join(directory, name), holding)
+    ]
+
+
+def _is_named_so(fs: FileSystem, found: Found) -> bool:
+    """Whether a directory with a name of no prefix is a checkpoint that was saved under this name.
+
+    A copy that somebody renamed is his: it is opened by its path, never restored or deleted by itself. Strangers'
+    directories may hold a "manifest", too.
+    """
+    if found.facts is not None:
+        return found.facts.stem == found.stem
+    return _has(fs, found.path, naming.rank_directory(0))
+
+
+def _has(fs: FileSystem, path: str, name: str) -> bool:
+    """Whether a directory has an entry; a directory that nobody lets us into is no checkpoint of ours."""
+    try:
+        return try_stat(fs, os.path.join(path, name)) is not None
+    except StorageError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            return False
+        raise
 
 
 def _directory(fs: FileSystem, directory: str, name: str, stem: str | None = None) -> Found:
@@ -266,14 +328,16 @@ def _chunk_crc(fs: FileSystem, path: str, index: int, manifest: Manifest) -> int
     return crc32(buffer)
 
 
-def read_facts(fs: FileSystem, manifest_path: str) -> tuple[Facts | None, ParckptError | None]:
-    """Facts of a manifest, or what is wrong with it. What the file system refuses is raised, not reported."""
-    facts, error = _read_facts_once(fs, manifest_path)
+def read_facts(
+    fs: FileSystem, manifest_path: str, kind: Literal["manifest", "plan"] = "manifest"
+) -> tuple[Facts | None, ParckptError | None]:
+    """Facts of a manifest or plan, or what is wrong with it. What the file system refuses is raised, not reported."""
+    facts, error = _read_facts_once(fs, manifest_path, kind)
     # Damage needs proof: a second look.
-    return (facts, error) if error is None else _read_facts_once(fs, manifest_path)
+    return (facts, error) if error is None else _read_facts_once(fs, manifest_path, kind)
 
 
-def _read_facts_once(fs: FileSystem, manifest_path: str) -> tuple[Facts | None, ParckptError | None]:
+def _read_facts_once(fs: FileSystem, manifest_path: str, kind: str) -> tuple[Facts | None, ParckptError | None]:
     try:
         with InputFile(fs, manifest_path) as source:
 
@@ -282,7 +346,7 @@ def _read_facts_once(fs: FileSystem, manifest_path: str) -> tuple[Facts | None, 
                 source.read_into(memoryview(buffer), byte_offset)
                 return bytes(buffer)
 
-            return Facts.from_table(peek(read, source.nbytes, manifest_path, "manifest"), manifest_path), None
+            return Facts.from_table(peek(read, source.nbytes, manifest_path, kind), manifest_path), None
     except (IntegrityError, FormatError) as error:
         return None, error
     except StorageError as error:
@@ -301,16 +365,12 @@ def _with_mark(fs: FileSystem, directory: str, found: Found, names: Iterable[str
     return Found(found.path, found.manifest_path, found.root, found.stem, found.facts, found.error, reason or "damaged")
 
 
-def _belongs(found: Found, family: str | None) -> bool:
+def _belongs(found: Found, family: str | None, any_name: bool) -> bool:
     if family is None:
         return True
     if found.facts is not None:
         return found.facts.family == family
-    stem = naming.parse_stem(found.stem)
-    if stem is None:
-        return False
-    rest = stem.prefix[len(family) :] if stem.prefix.startswith(family) else None
-    return rest == "" or (rest is not None and rest[:1] == "_" and rest[1:].isdigit())
+    return any_name or naming.belongs(found.stem, family)
 
 
 def _age(found: Found) -> tuple[int, int, int, int]:

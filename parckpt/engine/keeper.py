@@ -15,6 +15,7 @@ from typing import Any
 from parckpt.core import naming
 from parckpt.core.clock import Clock
 from parckpt.core.retention import Candidate, RetentionPolicy
+from parckpt.engine.belonging import Owner, is_alone
 from parckpt.engine.catalog import Found, find_at, scan
 from parckpt.engine.staging import Modes
 from parckpt.engine.sweep import Swept, recover
@@ -88,22 +89,14 @@ class Keeper:
         self._cleaner = ThreadPoolExecutor(1, "parckpt-clean")
         self._cleaning: list[Future[None]] = []
         try:
-            self.swept: Swept = recover(fs, directory, self.owns, self.lock.check, modes)
+            owner = Owner(family, lambda: is_alone(fs, directory, family, clock.wall(), stale_s))
+            self.swept: Swept = recover(fs, directory, owner, self.lock.check, modes)
             self._drop_temporary_files()
             self.run_file: dict[str, Any] | None = self._read_run_file()
             self._heartbeat = _Heartbeat(self.lock, stale_s / 4)
         except BaseException:
             self.close()
             raise
-
-    def owns(self, stem: str) -> bool:
-        """Whether a stem belongs to this family."""
-        parsed = naming.parse_stem(stem)
-        if parsed is None:
-            return False
-        rest = parsed.prefix.removeprefix(self.family)
-        numbered = rest.startswith("_") and rest[1:].isdigit()
-        return parsed.prefix.startswith(self.family) and (rest == "" or numbered)
 
     def check(self) -> None:
         """LockedError if the directory is no longer ours."""
@@ -195,7 +188,8 @@ class Keeper:
             published = {
                 one.path: one
                 for one in scan(self.fs, self.directory, self.family)
-                if one.facts is not None and (one.facts.run_id, one.facts.prefix) == (run_id, prefix)
+                if one.facts is not None
+                and (one.facts.run_id, one.facts.prefix, one.facts.stem) == (run_id, prefix, one.stem)
             }
             for doomed in self.retention.surplus(self._candidate(one) for one in published.values()):
                 self._delete(published[doomed.name])

@@ -9,12 +9,15 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from parckpt.core import naming
-from parckpt.engine.catalog import Found, find_at
-from parckpt.engine.sweep import judge, orphan_manifests, parse_hidden
+from parckpt.core.manifest import Facts
+from parckpt.core.naming import parse_hidden
+from parckpt.engine.belonging import facts_of_hidden
+from parckpt.engine.catalog import Found, find_at, read_facts
+from parckpt.engine.sweep import judge, orphan_manifests
 from parckpt.errors import CheckpointNotFoundError, FormatError, ParckptError, StorageError
 from parckpt.formats.registry import FORMATS
 from parckpt.storage.atomic import read_file
@@ -80,7 +83,10 @@ class Holder:
 
 @dataclass(frozen=True)
 class Debris:
-    """Something that an interrupted save, deletion or replacement left, and what the next start will do with it."""
+    """Something that an interrupted save, deletion or replacement left, and what the next start will do with it.
+
+    ``family`` is the one that it names itself; None where that cannot be read.
+    """
 
     name: str
     kind: str
@@ -89,6 +95,7 @@ class Debris:
     reason: str
     nbytes: int
     mtime: float
+    family: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,31 +166,36 @@ def run_files(fs: FileSystem, directory: str) -> dict[str, Mapping[str, Any] | N
     return found
 
 
-def owns(prefix: str, stem: str) -> bool:
-    """Whether a run with this prefix (or ``save_checkpoint`` with this very name) may touch what has this stem."""
-    parsed = naming.parse_stem(stem)
-    if stem == prefix or parsed is None:
-        return stem == prefix
-    rest = parsed.prefix.removeprefix(prefix)
-    return parsed.prefix.startswith(prefix) and (rest == "" or (rest[0] == "_" and rest[1:].isdigit()))
+def owns(prefix: str, stem: str, family: str | None = None) -> bool:
+    """Whether a run with this prefix (or ``save_checkpoint`` with this very name) may touch what has this stem.
+
+    Parameters
+    ----------
+    family : str, optional
+        The family that it names itself, if that is known.
+    """
+    if family is not None:
+        return family == prefix
+    return stem == prefix or naming.belongs(stem, prefix)
 
 
-def debris(fs: FileSystem, directory: str, is_busy: Callable[[str], bool]) -> list[Debris]:
+def debris(fs: FileSystem, directory: str, is_busy: Callable[[str, str | None], bool]) -> list[Debris]:
     """List what is neither a checkpoint nor foreign, with what the next start of its prefix will do with it.
 
     Parameters
     ----------
     is_busy : callable
-        Whether a living process may be at work on a stem right now.
+        Whether a living process may be at work right now on a stem, of the family that is given where it is known.
     """
     names = fs.listdir(directory)
     found = [item for name in names if (item := _hidden(fs, directory, name, is_busy)) is not None]
-    for name in orphan_manifests(fs, directory, lambda stem: True):
-        stem = name.rsplit(".", 2)[0]
-        if is_busy(stem):
-            found.append(_debris(fs, directory, name, "manifest", stem, "in progress", "its data may be on its way"))
-        else:
-            found.append(_debris(fs, directory, name, "manifest", stem, "remove", "the data it describes is not here"))
+    for name in orphan_manifests(fs, directory, lambda path, stem: _facts_or_none(fs, path)):
+        facts = _facts_or_none(fs, os.path.join(directory, name))
+        stem, family = name.rsplit(".", 2)[0], facts.family if facts is not None else None
+        busy = is_busy(stem, family)
+        reason = "its data may be on its way" if busy else "the data it describes is not here"
+        fate: Fate = "in progress" if busy else "remove"
+        found.append(replace(_debris(fs, directory, name, "manifest", stem, fate, reason), family=family))
     for name in names:
         if ".run.temp-" in name or ".lock.aside-" in name or ".lock.temp-" in name:
             stem = name[1:].rsplit(".", 2)[0]
@@ -191,10 +203,29 @@ def debris(fs: FileSystem, directory: str, is_busy: Callable[[str], bool]) -> li
     return found
 
 
-def _hidden(fs: FileSystem, directory: str, name: str, is_busy: Callable[[str], bool]) -> Debris | None:
+def _facts_or_none(fs: FileSystem, manifest_path: str) -> Facts | None:
+    try:
+        return read_facts(fs, manifest_path)[0]
+    except StorageError:
+        return None
+
+
+def _hidden(fs: FileSystem, directory: str, name: str, is_busy: Callable[[str, str | None], bool]) -> Debris | None:
     parts = parse_hidden(name)
     if parts is None:
         return None
+    try:
+        facts = facts_of_hidden(fs, directory, *parts)
+    except StorageError:
+        facts = None
+    family = facts.family if facts is not None else None
+    found = _hidden_of(fs, directory, name, lambda stem: is_busy(stem, family))
+    return found and replace(found, family=family)
+
+
+def _hidden_of(fs: FileSystem, directory: str, name: str, is_busy: Callable[[str], bool]) -> Debris | None:
+    parts = parse_hidden(name)
+    assert parts is not None
     stem, kind, token = parts
     if kind == "bad":
         standing = [find_at(fs, path) for path in _paths(fs, directory, stem)]

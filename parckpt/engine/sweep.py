@@ -1,6 +1,6 @@
 """What a start finds of earlier ones: completed saves are published, everything else is removed.
 
-Called on root only, with the directory's lock held. Touches only names of its own family.
+Called on root only, with the directory's lock held. Touches only what is of its own family.
 """
 
 from __future__ import annotations
@@ -13,13 +13,22 @@ from dataclasses import dataclass, replace
 
 from parckpt.core import naming
 from parckpt.core.manifest import Facts, Manifest, Plan, Record, assemble, coverage
-from parckpt.engine.catalog import MAX_MANIFEST_NBYTES, find_at, manifest_stem, read_facts, scan
+from parckpt.core.naming import parse_hidden
+from parckpt.engine.belonging import Owner
+from parckpt.engine.catalog import (
+    MAX_MANIFEST_NBYTES,
+    find_at,
+    manifest_stem,
+    read_facts,
+    scan,
+    step_directories,
+)
 from parckpt.engine.staging import Modes, Staging, discard
 from parckpt.errors import FormatError, IntegrityError, StorageError, UnsupportedVersionError
 from parckpt.storage.atomic import move_new, read_file, remove_tree
 from parckpt.storage.filesystem import FileSystem, try_stat
 
-__all__ = ["Swept", "finalize", "judge", "orphan_manifests", "parse_hidden", "recover"]
+__all__ = ["Swept", "finalize", "judge", "orphan_manifests", "recover"]
 
 log = logging.getLogger("parckpt")
 
@@ -32,22 +41,22 @@ class Swept:
     removed: tuple[tuple[str, str], ...]
 
 
-def recover(
-    fs: FileSystem, directory: str, belongs: Callable[[str], bool], check: Callable[[], None], modes: Modes
-) -> Swept:
+def recover(fs: FileSystem, directory: str, owner: Owner, check: Callable[[], None], modes: Modes) -> Swept:
     """Finalize what is complete and sweep the rest.
 
     Parameters
     ----------
-    belongs : callable
-        Whether a stem is ours to touch.
+    owner : Owner
+        What is ours to touch.
     check : callable
         Raises if the lock was lost; called before each publish.
     """
     published: list[str] = []
     removed: list[tuple[str, str]] = []
     names = fs.listdir(directory)
-    hidden = [(name, *parts) for name in names if (parts := parse_hidden(name)) and belongs(parts[0])]
+    hidden = [
+        (name, *parts) for name in names if (parts := parse_hidden(name)) and owner.owns_hidden(fs, directory, *parts)
+    ]
     for name, stem, kind, token in hidden:
         if kind == "staging":
             path = os.path.join(directory, name)
@@ -71,10 +80,13 @@ def recover(
             remove_tree(fs, path)
         elif kind == "bad" and not _names(fs, directory, stem, token):
             fs.unlink(path)
-    _drop_orphan_manifests(fs, directory, belongs)
-    for name in fs.listdir(directory):
-        if naming.parse_stem(name) is not None and belongs(name):
-            _tidy(fs, os.path.join(directory, name))
+    for name in orphan_manifests(fs, directory, lambda path, stem: owner.facts_if_ours(fs, path, stem)):
+        fs.unlink(os.path.join(directory, name))
+        fs.sync_directory(directory)
+    for name in step_directories(fs, directory, naming.PLAN):
+        path = os.path.join(directory, name)
+        if owner.owns(name, None) or owner.facts_if_ours(fs, os.path.join(path, naming.MANIFEST), name):
+            _tidy(fs, path)
     return Swept(tuple(published), tuple(removed))
 
 
@@ -149,16 +161,6 @@ def judge(fs: FileSystem, directory: str, stem: str, token: str) -> tuple[Manife
         return None, f"its records do not fit its plan: {error}"
 
 
-def parse_hidden(name: str) -> tuple[str, str, str] | None:
-    """Stem, kind and token of ``.<stem>.<kind>-<token>``; None for other names."""
-    head, _, tail = name.rpartition(".")
-    kind, _, token = tail.rpartition("-")
-    known = kind in ("staging", "trash", "replaced", "bad")
-    if not known or not head.startswith(".") or len(head) < 2 or len(token) != 16:
-        return None
-    return (head[1:], kind, token) if all(c in "0123456789abcdef" for c in token) else None
-
-
 def _records(fs: FileSystem, path: str, plan: Plan) -> list[Record]:
     """The records that belong to the plan and whose files are there in full."""
     found: list[Record] = []
@@ -229,13 +231,10 @@ def _settle_replaced(fs: FileSystem, directory: str, replaced: Sequence[tuple[st
 
 def _tidy(fs: FileSystem, path: str) -> None:
     """Remove plan and records of a published directory, where a crash or a failed save left them; the plan last."""
-    plan = os.path.join(path, naming.PLAN)
-    if try_stat(fs, plan) is None:
-        return
     for name in fs.listdir(path):
         if naming.parse_rank_directory(name) is not None:
             _drop_stale(fs, os.path.join(path, name, naming.RECORD))
-    fs.unlink(plan)
+    fs.unlink(os.path.join(path, naming.PLAN))
 
 
 def _names(fs: FileSystem, directory: str, stem: str, token: str) -> bool:
@@ -245,21 +244,22 @@ def _names(fs: FileSystem, directory: str, stem: str, token: str) -> bool:
     return any(one is not None and (one.facts is None or one.token == token) for one in found)
 
 
-def _drop_orphan_manifests(fs: FileSystem, directory: str, belongs: Callable[[str], bool]) -> None:
-    for name in orphan_manifests(fs, directory, belongs):
-        fs.unlink(os.path.join(directory, name))
-        fs.sync_directory(directory)
+def orphan_manifests(fs: FileSystem, directory: str, read: Callable[[str, str], Facts | None]) -> Iterator[str]:
+    """Manifests whose data is not there (a crash before the data was renamed), or that do not fit it any more.
 
-
-def orphan_manifests(fs: FileSystem, directory: str, belongs: Callable[[str], bool]) -> Iterator[str]:
-    """Manifests whose data is not there (a crash before the data was renamed), or that do not fit it any more."""
+    Parameters
+    ----------
+    read : callable
+        Facts of a manifest by its path and stem; None for one that is not looked for, or is damaged: those are kept,
+        and reported by whoever reads them.
+    """
     for name in fs.listdir(directory):
         stem = manifest_stem(name)
-        if stem is None or not belongs(stem):
+        if stem is None:
             continue
-        facts, _ = read_facts(fs, os.path.join(directory, name))
+        facts = read(os.path.join(directory, name), stem)
         if facts is None:
-            continue  # damaged: kept, and reported by whoever reads
+            continue
         data = os.path.join(directory, f"{stem}.{naming.EXTENSIONS.get(facts.format, '')}")
         current = find_at(fs, data) if try_stat(fs, data) is not None else None
         orphan = try_stat(fs, data) is None

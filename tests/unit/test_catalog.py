@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+import parckpt
+from parckpt import SELF
 from parckpt.core.manifest import Manifest
 from parckpt.engine.catalog import Found, find_at, load_manifest, manifest_stem, scan
 from parckpt.errors import CheckpointGoneError, IntegrityError, StorageError, TruncatedError
@@ -147,6 +150,43 @@ def test_a_manifest_under_another_name_is_not_believed() -> None:
     first, second = one(disk, "m-1_1.ckpt"), one(disk, "m-1_2.ckpt")
     disk.exchange(first.manifest_path, second.manifest_path)
     assert [f.facts for f in scan(disk, DIRECTORY)] == [None, None]
+
+
+def step_directory(disk: MemoryFileSystem, name: str) -> str:
+    path = f"{DIRECTORY}/{name}"
+    parckpt.save_checkpoint({"w": np.ones(3)}, f"{path}.ckpt", integrated_save=False, comm=SELF, filesystem=disk)
+    assert disk.stat(path).is_dir
+    return path
+
+
+def test_step_directories_of_any_name_are_listed() -> None:
+    disk = disk_with("per-rank", (1, 1))
+    path = step_directory(disk, "export")
+    names = {f.stem: f.facts.family for f in scan(disk, DIRECTORY) if f.facts}
+    assert names == {"m-1_1": "m", "export": "export"}
+    assert [f.path for f in scan(disk, DIRECTORY, "export")] == [path]
+    assert [f.stem for f in scan(disk, DIRECTORY, "m")] == ["m-1_1"]
+    disk.rename(path, f"{DIRECTORY}/.export.replaced-0123456789abcdef")
+    assert [f.stem for f in scan(disk, DIRECTORY, "export")] == ["export"]
+
+
+def test_a_renamed_copy_is_its_owners_and_strangers_directories_are_theirs() -> None:
+    disk = disk_with("per-rank", (1, 1))
+    disk.rename(step_directory(disk, "export"), f"{DIRECTORY}/keep this")
+    assert one(disk, "keep this").facts is not None
+    disk.mkdir(f"{DIRECTORY}/extension")
+    write_file(disk, f"{DIRECTORY}/extension/manifest", b'{"manifest_version": 3}')
+    disk.mkdir(f"{DIRECTORY}/private")
+    disk.deny(f"{DIRECTORY}/private/manifest", errno.EACCES)
+    assert [f.stem for f in scan(disk, DIRECTORY)] == ["m-1_1"]
+
+
+def test_a_damaged_one_of_any_name_is_listed_where_names_are_free() -> None:
+    disk = disk_with("per-rank", (1, 1))
+    disk.corrupt(f"{step_directory(disk, 'export')}/manifest", 20)
+    assert {f.stem: f.error is None for f in scan(disk, DIRECTORY)} == {"m-1_1": True, "export": False}
+    assert [f.stem for f in scan(disk, DIRECTORY, "m")] == ["m-1_1"]
+    assert [f.stem for f in scan(disk, DIRECTORY, "m", any_name=True)] == ["m-1_1", "export"]
 
 
 def test_the_replaced_one_counts_only_while_nothing_has_its_name() -> None:

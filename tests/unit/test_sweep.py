@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from parckpt.core import naming
+from parckpt.core.naming import parse_hidden
+from parckpt.engine.belonging import Owner
 from parckpt.engine.catalog import find_at
 from parckpt.engine.staging import Modes
-from parckpt.engine.sweep import Swept, parse_hidden, recover
+from parckpt.engine.sweep import Swept, recover
 from parckpt.errors import StorageError
 from parckpt.storage.atomic import read_file, write_file
 from parckpt.storage.filesystem import try_stat
@@ -19,12 +20,8 @@ pytestmark = pytest.mark.fast
 TOKEN = "0123456789abcdef"
 
 
-def sweep(disk: MemoryFileSystem | FaultyFileSystem, family: str = "m") -> Swept:
-    def belongs(stem: str) -> bool:
-        parsed = naming.parse_stem(stem)
-        return parsed is not None and parsed.prefix == family
-
-    return recover(disk, DIRECTORY, belongs, lambda: None, Modes())
+def sweep(disk: MemoryFileSystem | FaultyFileSystem, family: str = "m", *, alone: bool = False) -> Swept:
+    return recover(disk, DIRECTORY, Owner(family, lambda: alone), lambda: None, Modes())
 
 
 def tree(disk: MemoryFileSystem, path: str) -> None:
@@ -62,6 +59,26 @@ def test_only_the_own_family_is_touched() -> None:
     assert [path for path, _ in swept.removed] == [f"{DIRECTORY}/.m-1_1.staging-{TOKEN}"]
     left = [".hidden", f".m-1_1.pin-{TOKEN}", f".other-1_1.staging-{TOKEN}", f".other-1_1.trash-{TOKEN}"]
     assert disk.listdir(DIRECTORY) == left
+
+
+def test_what_names_nobody_waits_until_nobody_else_is_at_work() -> None:
+    disk = new_disk()
+    for kind in ("staging", "trash"):
+        tree(disk, f"{DIRECTORY}/.best.{kind}-{TOKEN}")
+    before = disk.listdir(DIRECTORY)
+    assert sweep(disk).removed == ()
+    assert disk.listdir(DIRECTORY) == before
+    sweep(disk, alone=True)
+    assert disk.listdir(DIRECTORY) == []
+
+
+def test_what_names_another_family_is_its_own_whatever_it_is_called() -> None:
+    disk = saved(new_disk(), "per-rank", 1, [(1, 1)])
+    path = unpublished(disk, "per-rank", 1, 2, lambda rank, size: make_state(rank, size, 2))
+    other = f"{DIRECTORY}/.other-1_2.staging-{path[-16:]}"
+    disk.rename(path, other)
+    assert sweep(disk, "other", alone=True) == Swept((), ())
+    assert try_stat(disk, other) is not None
 
 
 def test_a_name_goes_durably_before_its_content() -> None:
