@@ -31,12 +31,13 @@ from parckpt.errors import (
     classes_by_code,
 )
 
-__all__ = ["DAMAGED", "EXIT_STATUSES", "INTERRUPTED", "UNEXPECTED", "UNVERIFIED", "USAGE", "exit_help", "guarded"]
-__all__ += ["status_of", "status_of_code"]
+__all__ = ["DAMAGED", "DIFFERENT", "EXIT_STATUSES", "INTERRUPTED", "UNEXPECTED", "UNVERIFIED", "USAGE", "exit_help"]
+__all__ += ["guarded", "status_of", "status_of_code"]
 
 P = ParamSpec("P")
 
 UNEXPECTED, USAGE, DAMAGED, UNVERIFIED, INTERRUPTED = 1, 2, 5, 9, 130
+DIFFERENT = 1  # as of diff and cmp; what Python itself exits with cannot be had apart from it
 
 # The first row that fits decides, so a subclass with a status of its own stands before its base.
 EXIT_STATUSES: tuple[tuple[int, tuple[type[ParckptError], ...], str], ...] = (
@@ -69,7 +70,7 @@ def exit_help() -> list[tuple[int, str]]:
     rows = [(status, meaning) for status, _, meaning in EXIT_STATUSES]
     rows += [
         (0, "done, and nothing is wrong"),
-        (UNEXPECTED, "unexpected: a bug in parckpt, or a broken pipe"),
+        (UNEXPECTED, "diff: they differ. Elsewhere unexpected: a bug in parckpt, or a broken pipe"),
         (USAGE, "the command line could not be understood"),
         (UNVERIFIED, "readable, but without checksums to verify it by"),
         (INTERRUPTED, "interrupted (Ctrl-C)"),

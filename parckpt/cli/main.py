@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import parckpt
+from parckpt.cli.diff import diff
 from parckpt.cli.environment import drop_launcher_variables
 from parckpt.cli.failure import USAGE, exit_help, report
 from parckpt.cli.ls import ls
@@ -90,4 +91,5 @@ main.command("ls", cls=_Command)(ls)
 main.command("show", cls=_Command)(show)
 main.command("status", cls=_Command)(status)
 main.command("verify", cls=_Command)(verify)
+main.command("diff", cls=_Command)(diff)
 main.command("unlock", cls=_Command)(unlock)

@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -37,7 +37,7 @@ from parckpt.errors import (
 from parckpt.storage.direct import InputFile, aligned_buffer
 from parckpt.storage.filesystem import FileStat, FileSystem, try_stat
 
-__all__ = ["ChunkReader", "ChunkResult", "ChunkTask", "names_within", "read_box"]
+__all__ = ["ChunkReader", "ChunkResult", "ChunkTask", "names_within", "read_box", "stretch"]
 
 log = logging.getLogger("parckpt")
 
@@ -311,7 +311,11 @@ def _narrow(contents: Contents, task: ChunkTask, target: Target, segments: Seque
     """The stretch of a chunk that is needed; all of it where there is a checksum to verify."""
     if contents.files[task.file].chunk_crcs is not None:
         return task
-    found = [copy for segment in segments for copy in target.copies(segment, task.window)[1]]
+    return stretch(task, (copy for segment in segments for copy in target.copies(segment, task.window)[1]))
+
+
+def stretch(task: ChunkTask, found: Iterable[Copy]) -> ChunkTask:
+    """The part of a task that holds these rectangles of its window; not verified, unless it is all of the chunk."""
     spans = [_span(copy) for copy in found]
     first, last = min(span[0] for span in spans), max(span[1] for span in spans)
     return ChunkTask(task.file, task.start + first, task.start + last)

@@ -21,7 +21,8 @@ from parckpt.comm.launch import LAUNCHER_VARIABLES, launched_size
 from parckpt.errors import classes_by_code
 from parckpt.storage.filesystem import storage_error
 
-COMMANDS = ("ls", "show", "status", "verify", "unlock")
+COMMANDS = ("ls", "show", "status", "verify", "diff", "unlock")
+OPERANDS = {"diff": 2}
 INSIDE_A_RANK = {
     **{"PMI_SIZE": "2", "PMI_RANK": "1", "PMI_FD": "99", "PMIX_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
     **{"OMPI_COMM_WORLD_RANK": "1", "SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "2", "RANK_SIZE": "2"},
@@ -114,7 +115,7 @@ def test_interrupt(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_json_is_one_object_also_when_it_fails(spawn: Any, tmp_path: Path, command: str) -> None:
-    found = spawn(command, tmp_path / "nowhere", "--json")
+    found = spawn(command, *[tmp_path / "nowhere"] * OPERANDS.get(command, 1), "--json")
     assert found.status == 4
     assert found.json["error"]["code"] == "not-found"
     assert found.err == ""
