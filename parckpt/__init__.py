@@ -15,8 +15,10 @@ from parckpt.comm.launch import SELF
 from parckpt.core.clock import Clock
 from parckpt.core.config import CheckpointConfig
 from parckpt.core.leaves import Leaf, PerRank, Shard, Spec
+from parckpt.core.mesh import Layout
 from parckpt.core.shards import flat_shards
 from parckpt.core.state import State
+from parckpt.core.strategy import Strategy, TensorStrategy
 from parckpt.core.triggers import AtSteps, EveryEpochs, EverySeconds, EverySteps
 from parckpt.core.version import VERSION
 from parckpt.engine.progress import Progress
@@ -49,6 +51,13 @@ from parckpt.errors import (
 )
 from parckpt.loadfile import load_checkpoint
 from parckpt.savefile import save_checkpoint
+from parckpt.strategies import (
+    get_ckpt_path_with_strategy,
+    load_strategy,
+    merge_pipeline_strategys,
+    restore_group_info_list,
+    save_strategy,
+)
 
 __version__ = VERSION
 
@@ -73,6 +82,7 @@ __all__ = [
     "FormatError",
     "IntegrityError",
     "InternalError",
+    "Layout",
     "LayoutError",
     "Leaf",
     "LockedError",
@@ -91,15 +101,22 @@ __all__ = [
     "StateWarning",
     "StepMismatchError",
     "StorageError",
+    "Strategy",
     "SyncError",
+    "TensorStrategy",
     "TimeoutExpiredError",
     "TruncatedError",
     "UnsupportedVersionError",
     "flat_shards",
+    "get_ckpt_path_with_strategy",
     "inspect",
     "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
+    "load_strategy",
+    "merge_pipeline_strategys",
     "open_checkpoint",
+    "restore_group_info_list",
     "save_checkpoint",
+    "save_strategy",
 ]
