@@ -14,15 +14,17 @@ import numpy as np
 
 from parckpt.comm.launch import resolve
 from parckpt.comm.wait import SystemClock, Waiter
-from parckpt.core import naming
+from parckpt.core import naming, policyoptions
 from parckpt.core.clock import Clock
 from parckpt.core.config import CheckpointConfig
+from parckpt.core.manifest import Facts
 from parckpt.core.policy import Decision, History
 from parckpt.core.round import Action, Agreement, Call, Voice
 from parckpt.core.state import State, flatten
 from parckpt.core.target import NameMap, Selection
 from parckpt.engine import notyet
 from parckpt.engine.group import Group
+from parckpt.engine.lineage import Cause
 from parckpt.engine.local import LocalState, as_state
 from parckpt.engine.progress import Progress
 from parckpt.engine.restorer import Request
@@ -96,13 +98,14 @@ class ModelCheckpoint:
         self._step = 0
         self._history = History(0, self._clock.monotonic())
         self._state: State | None = None
+        self._metrics: dict[str, float] = {}  # of the present step
         self._spoiled: list[str] = []
         self._failed_in_a_row = 0
         self._updating: int | None = None
         self._left = False  # all ranks have left together: what is left to do waits for nobody
         #: Path of the last published checkpoint; empty before the first.
         self.latest_ckpt_file_name = ""
-        #: Whether this rank found a save due at the last step, and why; root's decision counts.
+        #: Whether a save was due at the last step, and why; where no save was made, as this rank's clock has it.
         self.last_decision: Decision | None = None
         try:
             self.directory = self._agree_on_arguments(prefix, directory, config, steps_per_epoch)
@@ -247,7 +250,8 @@ class ModelCheckpoint:
             self._run.adopt(restored.facts)
             self._spoiled = []
             self._step = restored.progress.step
-            self._history = History(self._step, self._clock.monotonic())
+            self._metrics = {}
+            self._history = self._history_after(restored.facts)
         return restored.progress
 
     def step_end(
@@ -265,7 +269,8 @@ class ModelCheckpoint:
         step : int, optional
             Global step, from 1; may jump. Default: one more than the last.
         metrics : mapping, optional
-            Kept for policies that look at them.
+            Numbers by name that describe this step; root's are stored with the checkpoint if this step is saved
+            (``keep_best`` compares them).
 
         Raises
         ------
@@ -274,36 +279,43 @@ class ModelCheckpoint:
         ParckptError
             The save failed, on all ranks alike (see ``on_save_error``).
         """
-        del metrics
         prepared = Prepared()
         due = False
+        cause = _BY_ANOTHER
         try:
-            self._next_step(state, step)
+            before = self._step
+            self._next_step(state, step, metrics)
+            if before and self._step > before + 1:
+                self._run.warn_of_jump(self._step - before)
             decision = self._decide(self._step)
             self.last_decision = decision
             due = decision.save and self._group.is_root
+            if decision.save:
+                cause = self._cause(decision)
             # Every rank can count steps; the time is root's, so others wait for what it decides.
-            if decision.save and (due or self.config.save_checkpoint_steps):
-                self._run.prepare(prepared, self._describe, self._step, decision.reason)
+            if due or (decision.save and not decision.is_timed):
+                self._run.prepare(prepared, self._describe, self._step, cause)
         except Exception as error:  # user code before the first collective; the round carries the outcome
             prepared.error = error
         with deferred_interrupt():
             agreed = self._round(Call.STEP, self._step, prepared, due=due)
             if agreed.action is Action.SAVE:
-                self._save(prepared, agreed, _reason(self.last_decision))
+                self._save(prepared, agreed, cause)
 
     def save_now(self, state: State | None = None, step: int | None = None) -> str:
         """Save at once, due or not. Collective. Returns the path of what was published."""
         prepared = Prepared()
+        cause = _ASKED_FOR
         try:
             self._next_step(state, self._step if step is None else step)
-            self._run.prepare(prepared, self._describe, self._step, "asked for")
+            cause = self._cause(Decision(True, "asked for", "save_now was called"))
+            self._run.prepare(prepared, self._describe, self._step, cause)
         except Exception as error:  # user code before the first collective; the round carries the outcome
             prepared.error = error
         with deferred_interrupt():
             agreed = self._round(Call.SAVE, self._step, prepared)
             assert agreed.action is Action.SAVE
-            self._save(prepared, agreed, "asked for")
+            self._save(prepared, agreed, cause)
         return self.latest_ckpt_file_name
 
     def poll(self) -> None:
@@ -455,19 +467,25 @@ class ModelCheckpoint:
             return
         if agreed.first_step != agreed.last_step:
             raise_mismatch(self._group, Call.LEAVE, self._step)
-        self._save(Prepared(), agreed, "end")
+        self._save(Prepared(), agreed, self._cause(self._decide(self._step, ending=True)))
 
     def _has_unsaved(self) -> bool:
         return self._decide(self._step, ending=True).save and self._state_or_none() is not None
 
-    def _save(self, prepared: Prepared, agreed: Agreement, reason: str) -> None:
+    def _save(self, prepared: Prepared, agreed: Agreement, cause: Cause) -> None:
         try:
-            saved = self._run.save(prepared, agreed, self._describe, self._step, reason)
+            saved = self._run.save(prepared, agreed, self._describe, self._step, cause)
         except ParckptError as error:
             self._save_failed(error)
             return
         self._failed_in_a_row = 0
-        self._history = History(self._step, self._clock.monotonic())
+        # Root's reason and root's schedule, on all ranks.
+        self.last_decision = Decision(True, saved.reason, saved.detail)
+        self._history = (
+            replace(self._history, ephemeral_step=self._step)
+            if saved.ephemeral
+            else History(self._step, self._clock.monotonic())
+        )
         self.latest_ckpt_file_name = saved.path
 
     def _save_failed(self, error: ParckptError) -> None:
@@ -479,7 +497,7 @@ class ModelCheckpoint:
         if self._group.is_root:
             log.warning("save %d of %d in a row failed: %s", self._failed_in_a_row, self.config.max_failed_saves, error)
 
-    def _next_step(self, state: State | None, step: int | None) -> None:
+    def _next_step(self, state: State | None, step: int | None, metrics: Mapping[str, float] | None = None) -> None:
         if self._spoiled:
             raise StateMismatchError(
                 f"a failed restore has overwritten {', '.join(self._spoiled[:8])}: restore again before going on",
@@ -487,17 +505,38 @@ class ModelCheckpoint:
             )
         if self._updating is not None:
             raise ConfigError(f"the arrays are being changed: this call is inside updating({self._updating})")
-        if state is not None:
-            self._state = state
         number = self._step + 1 if step is None else step
         if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
             raise ConfigTypeError(f"step must be an int, not {type(number).__name__}")
         if number < max(1, self._step):
             raise ConfigError(f"step {number} after step {self._step}: steps are global, from 1, and do not go back")
+        given = policyoptions.check_metrics(metrics)
+        if state is not None:
+            self._state = state
+        if number > self._step or metrics is not None:
+            self._metrics = given
         self._step = int(number)
 
     def _decide(self, step: int, *, ending: bool = False) -> Decision:
-        return self.config.save_policy.decide(step, self._clock.monotonic(), self._history, ending=ending)
+        return self.config.save_policy.decide(
+            step,
+            self._clock.monotonic(),
+            self._history,
+            ending=ending,
+            steps_per_epoch=self._run.steps_per_epoch,
+        )
+
+    def _cause(self, decision: Decision) -> Cause:
+        return Cause(
+            decision.reason, decision.detail, decision.is_ephemeral, self._history.last_step, dict(self._metrics)
+        )
+
+    def _history_after(self, facts: Facts | None) -> History:
+        """Of a restored checkpoint; an ephemeral one did not count: the schedule goes on from the save before it."""
+        now = self._clock.monotonic()
+        if facts is None or not facts.ephemeral:
+            return History(self._step, now)
+        return History(min(facts.counted_step, self._step), now, ephemeral_step=self._step)
 
     def _state_or_none(self) -> State | None:
         if self._state is not None:
@@ -511,8 +550,8 @@ class ModelCheckpoint:
         return LocalState.of(flatten(state, writable=False))
 
 
-def _reason(decision: Decision | None) -> str:
-    return decision.reason if decision is not None and decision.save else "asked for by another rank"
+_BY_ANOTHER = Cause("asked for by another rank")
+_ASKED_FOR = Cause("asked for")
 
 
 def _check_config(config: CheckpointConfig | None) -> None:

@@ -25,6 +25,7 @@ from parckpt.core.contents import (
 )
 from parckpt.core.tablefile import Column, Table, decode, encode, join_names, split_names
 from parckpt.core.tensors import TensorRow
+from parckpt.core.values import decode as decode_value
 from parckpt.errors import FormatError, IntegrityError
 
 __all__ = ["CHUNK_NBYTES", "Coverage", "Facts", "Manifest", "Plan", "Record", "assemble", "coverage"]
@@ -63,6 +64,16 @@ class Facts:
         Encoded plain values (`core.values`); per-rank ones by name, then by rank as text.
     missing : list of str
         Per-rank entries that a breakpoint lacks, as ``name@rank_r``.
+    detail : str
+        The reason in a sentence.
+    metrics : mapping
+        Encoded floats by name, as `step_end` was told; `metric_values` decodes them.
+    ephemeral : bool
+        Lives until the next publish.
+    counted_step : int
+        Step that the save schedule counts from: of the last save that was not ephemeral.
+    policy : mapping
+        ``save`` and ``keep``: `SavePolicy` and `RetentionPolicy` of the run, as plain values; empty where nobody said.
     unknown : mapping
         Facts of a newer minor version; written back unchanged.
     """
@@ -98,7 +109,16 @@ class Facts:
     values: Mapping[str, Any] = field(default_factory=dict)
     per_rank_values: Mapping[str, Any] = field(default_factory=dict)
     missing: Sequence[str] = ()
+    detail: str = ""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    ephemeral: bool = False
+    counted_step: int = 0
+    policy: Mapping[str, Any] = field(default_factory=dict)
     unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    def metric_values(self) -> dict[str, float]:
+        """Metrics by name, decoded."""
+        return {name: decode_value(value) for name, value in self.metrics.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Facts by name, JSON-able, the unknown ones last."""
@@ -110,6 +130,8 @@ class Facts:
     def from_table(cls, table: Table, path: str) -> Facts:
         """Check the facts of a plan or manifest; FormatError names the first that is missing or of a wrong type."""
         known = {name: table.fact(name, kind, path) for name, kind in _FACT_TYPES.items()}
+        # Earlier versions did not write these.
+        known |= {name: table.fact(name, kind, path) for name, kind in _OPTIONAL.items() if name in table.facts}
         if known["chunk_nbytes"] != CHUNK_NBYTES:
             raise FormatError(f"{path}: chunks of {known['chunk_nbytes']} bytes", path=path, field="chunk_nbytes")
         for name, low, high in _LIMITS:
@@ -121,7 +143,10 @@ class Facts:
         if "/" in known["stem"] or known["stem"] in ("", ".", ".."):
             raise FormatError(f"{path}: stem {known['stem']!r} is not a name", path=path, field="stem")
         _check_per_rank(known["per_rank_values"], path)
-        return cls(**known, unknown={n: v for n, v in table.facts.items() if n not in _FACT_TYPES})
+        if any(type(decode_value(value)) is not float for value in known.get("metrics", {}).values()):
+            raise FormatError(f"{path}: a metric is no number", path=path, field="metrics")
+        named = {*_FACT_TYPES, *_OPTIONAL}
+        return cls(**known, unknown={n: v for n, v in table.facts.items() if n not in named})
 
 
 _LIMITS = (("world_size", 1, MAX_WORLD_SIZE), ("step", 0, 1 << 62), ("sequence", 0, 1 << 62))
@@ -159,6 +184,7 @@ _FACT_TYPES: dict[str, Any] = {
     "per_rank_values": dict,
     "missing": list,
 }
+_OPTIONAL: dict[str, Any] = {"detail": _TEXT, "metrics": dict, "ephemeral": bool, "counted_step": int, "policy": dict}
 
 
 @dataclass(frozen=True)

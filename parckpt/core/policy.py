@@ -4,29 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from parckpt.core import checks, triggers
 from parckpt.core.triggers import EverySeconds, Trigger
 from parckpt.errors import ConfigError, FormatError
 
-__all__ = ["Decision", "Due", "History", "Reason", "SavePolicy"]
-
-Reason = Literal[
-    "steps",
-    "seconds",
-    "every steps",
-    "every seconds",
-    "every epochs",
-    "at steps",
-    "ephemeral",
-    "end",
-    "asked for",
-    "asked for by another rank",
-    "not due",
-    "already saved",
-    "no trigger",
-]
+__all__ = ["Decision", "Due", "History", "SavePolicy"]
 
 _TIMED = ("seconds", "every seconds")
 
@@ -39,13 +23,15 @@ class Decision:
     ----------
     save : bool
     reason : str
-        A word for programs.
+        A word for programs. With a save "steps", "seconds", "every steps", "every seconds", "every epochs",
+        "at steps", "ephemeral", "end", "asked for" or "asked for by another rank"; without one "not due",
+        "already saved" or "no trigger".
     detail : str
         A sentence for people; two decisions that differ only in this are equal.
     """
 
     save: bool
-    reason: Reason
+    reason: str
     detail: str = field(default="", compare=False)
 
     @property
@@ -82,7 +68,7 @@ class History:
 class Due:
     """What one rule of a policy waits for: a step, or (``seconds``) more than so many seconds after ``since_s``."""
 
-    reason: Reason
+    reason: str
     rule: str
     step: int | None = None
     seconds: float | None = None
@@ -182,13 +168,18 @@ class SavePolicy:
             yield Due("ephemeral", f"ephemeral_steps={self.ephemeral_steps}", start + self.ephemeral_steps)
 
     def uneven(self, jump: int, steps_per_epoch: int | None = None) -> str | None:
-        """The first rule whose interval is no multiple of ``jump``, the number of steps between two step ends."""
+        """The first rule whose interval is no multiple of ``jump``, the number of steps between two step ends.
+
+        A save at every step (interval 1) means every step end, however far apart they are.
+        """
         intervals = {
             f"save_checkpoint_steps={self.steps}": self.steps,
             **{str(trigger): trigger.interval(steps_per_epoch) for trigger in self.triggers},
             f"ephemeral_steps={self.ephemeral_steps}": self.ephemeral_steps,
         }
-        return next((rule for rule, interval in intervals.items() if interval and interval % jump), None)
+        return next(
+            (rule for rule, interval in intervals.items() if interval and interval > 1 and interval % jump), None
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As plain values, for the facts of a checkpoint."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from parckpt.core import checks
 from parckpt.errors import ConfigError, ConfigTypeError, FormatError
@@ -29,7 +29,7 @@ class EverySteps:
 
     steps: int
     offset: int = 0
-    reason: ClassVar[Literal["every steps"]] = "every steps"
+    reason: ClassVar[str] = "every steps"
 
     def __post_init__(self) -> None:
         checks.count("steps", self.steps, least=1)
@@ -60,7 +60,7 @@ class EveryEpochs:
     """
 
     epochs: int = 1
-    reason: ClassVar[Literal["every epochs"]] = "every epochs"
+    reason: ClassVar[str] = "every epochs"
 
     def __post_init__(self) -> None:
         checks.count("epochs", self.epochs, least=1)
@@ -90,7 +90,7 @@ class AtSteps:
     """
 
     steps: tuple[int, ...]
-    reason: ClassVar[Literal["at steps"]] = "at steps"
+    reason: ClassVar[str] = "at steps"
 
     def __init__(self, steps: Iterable[int]) -> None:
         if isinstance(steps, (str, bytes)) or not isinstance(steps, Iterable):
@@ -124,7 +124,7 @@ class EverySeconds:
     """
 
     seconds: float
-    reason: ClassVar[Literal["every seconds"]] = "every seconds"
+    reason: ClassVar[str] = "every seconds"
 
     def __post_init__(self) -> None:
         checks.seconds("seconds", self.seconds)

@@ -25,7 +25,7 @@ from parckpt.storage.filesystem import FileSystem, opened, try_stat
 from parckpt.storage.identity import Identity
 from parckpt.storage.lock import Lock
 
-__all__ = ["Keeper", "make_directory"]
+__all__ = ["PIN", "Keeper", "candidate_of", "make_directory"]
 
 log = logging.getLogger("parckpt")
 
@@ -191,23 +191,13 @@ class Keeper:
                 if one.facts is not None
                 and (one.facts.run_id, one.facts.prefix, one.facts.stem) == (run_id, prefix, one.stem)
             }
-            for doomed in self.retention.surplus(self._candidate(one) for one in published.values()):
-                self._delete(published[doomed.name])
+            candidates = [candidate_of(self.fs, self.directory, one) for one in published.values()]
+            for verdict in self.retention.judge(candidates, self.clock.wall()):
+                if not verdict.keep:
+                    log.info("deleting %s: %s", verdict.candidate.name, verdict.reason)
+                    self._delete(published[verdict.candidate.name])
         except StorageError as error:
             log.warning("old checkpoints could not be deleted: %s", error)
-
-    def _candidate(self, found: Found) -> Candidate:
-        facts = found.facts
-        assert facts is not None
-        return Candidate(
-            found.path,
-            facts.sequence,
-            facts.created,
-            is_breakpoint=facts.kind == "breakpoint",
-            is_consistent=facts.consistent,
-            is_set_aside=found.set_aside is not None or found.error is not None,
-            is_pinned=try_stat(self.fs, os.path.join(self.directory, f".{found.stem}{PIN}-{found.token}")) is not None,
-        )
 
     def _delete(self, found: Found) -> None:
         """Rename to a trash name, durably, and remove in the background; of a file, data before manifest."""
@@ -248,6 +238,24 @@ class Keeper:
             self._heartbeat.stop()
             self._heartbeat = None
         self.lock.release()
+
+
+def candidate_of(fs: FileSystem, directory: str, found: Found) -> Candidate:
+    """A published checkpoint with readable facts, as the retention rules see it; its name is its path."""
+    facts = found.facts
+    assert facts is not None
+    return Candidate(
+        found.path,
+        facts.sequence,
+        facts.created,
+        is_breakpoint=facts.kind == "breakpoint",
+        is_consistent=facts.consistent,
+        is_set_aside=found.set_aside is not None or found.error is not None,
+        is_pinned=try_stat(fs, os.path.join(directory, f".{found.stem}{PIN}-{found.token}")) is not None,
+        is_ephemeral=facts.ephemeral,
+        step=facts.step,
+        metrics=facts.metric_values(),
+    )
 
 
 def make_directory(fs: FileSystem, path: str, mode: int) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from parckpt.core import appended, naming
+from parckpt.core import appended, naming, values
 from parckpt.core.config import CheckpointConfig
 from parckpt.core.manifest import Facts
 from parckpt.core.version import VERSION
 from parckpt.engine.saver import Ticket
 
-__all__ = ["Lineage", "Moment", "make_ticket"]
+__all__ = ["Cause", "Lineage", "Moment", "make_ticket"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,35 @@ class Lineage:
 
 
 @dataclass(frozen=True)
+class Cause:
+    """Why a save is made, and what the policies will want to know of it. Root's counts.
+
+    Attributes
+    ----------
+    reason, detail : str
+        A word, and a sentence.
+    ephemeral : bool
+        It lives until the next publish.
+    counted_step : int
+        With `ephemeral`: step of the last save that was not.
+    metrics : mapping
+        What `step_end` was told at this step.
+    """
+
+    reason: str
+    detail: str = ""
+    ephemeral: bool = False
+    counted_step: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Moment:
     """Where training stands when a save is made, and why it is made."""
 
     step: int
     steps_per_epoch: int | None
-    reason: str
+    cause: Cause
     wall_s: float
 
 
@@ -71,7 +94,12 @@ def make_ticket(lineage: Lineage, moment: Moment, config: CheckpointConfig, worl
         created=moment.wall_s,
         parent=lineage.parent,
         steps_per_epoch=moment.steps_per_epoch,
-        reason=moment.reason,
+        reason=moment.cause.reason,
+        detail=moment.cause.detail,
+        metrics={name: values.encode(value) for name, value in moment.cause.metrics.items()},
+        ephemeral=moment.cause.ephemeral,
+        counted_step=moment.cause.counted_step if moment.cause.ephemeral else moment.step,
+        policy={"save": config.save_policy.to_json(), "keep": config.retention_policy.to_json()},
         remove_redundancy=config.remove_redundancy,
         crc_check=config.crc_check,
         writer=f"parckpt {VERSION}",

@@ -19,7 +19,7 @@ from parckpt.core.manifest import Facts
 from parckpt.core.round import Agreement
 from parckpt.engine.group import Group
 from parckpt.engine.keeper import Keeper, make_directory
-from parckpt.engine.lineage import Lineage, Moment, make_ticket
+from parckpt.engine.lineage import Cause, Lineage, Moment, make_ticket
 from parckpt.engine.local import LocalState
 from parckpt.engine.planning import Planned, check_replicas, make_plan, node_numbers
 from parckpt.engine.restorer import Restorer
@@ -128,17 +128,17 @@ class Run:
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
-    def prepare(self, prepared: Prepared, describe: Callable[[], LocalState], step: int, reason: str) -> None:
+    def prepare(self, prepared: Prepared, describe: Callable[[], LocalState], step: int, cause: Cause) -> None:
         """Do before the round what can be done without the others: then the round is all that precedes the writing.
 
         Not collective. Root begins the save on the guess that all will agree; `drop` takes that back.
         """
         try:
-            self._prepare(prepared, describe, step, reason)
+            self._prepare(prepared, describe, step, cause)
         except Exception as error:  # user code and I/O before the first collective; the save carries the outcome
             prepared.failure = error
 
-    def _prepare(self, prepared: Prepared, describe: Callable[[], LocalState], step: int, reason: str) -> None:
+    def _prepare(self, prepared: Prepared, describe: Callable[[], LocalState], step: int, cause: Cause) -> None:
         prepared.local = describe()
         prepared.changed = self.planned is None or self.planned.digest != prepared.local.digest
         if prepared.changed or self._lineage.prefix is None or not self.group.is_root:
@@ -147,7 +147,7 @@ class Run:
         if self._begun > self._lineage.sequence:
             prepared.changed = True  # a save failed: all ranks have to know the next number
             return
-        ticket = self._ticket(self._lineage, step, reason)
+        ticket = self._ticket(self._lineage, step, cause)
         taken, ours = self._taken(ticket)
         if taken and not ours:
             prepared.changed = True  # the name must be changed, which all ranks have to know
@@ -172,7 +172,7 @@ class Run:
         prepared.ticket = None
 
     def save(
-        self, prepared: Prepared, agreed: Agreement, describe: Callable[[], LocalState], step: int, reason: str
+        self, prepared: Prepared, agreed: Agreement, describe: Callable[[], LocalState], step: int, cause: Cause
     ) -> Saved:
         """Make the save that all ranks have agreed on. Collective.
 
@@ -184,8 +184,8 @@ class Run:
         started = self.clock.monotonic()
         if agreed.plan_changed or agreed.unprepared or self._lineage.prefix is None:
             self.drop(prepared)
-            self._prepare_together(prepared, describe, step, reason)
-        ticket = prepared.ticket or self._ticket(self._lineage, step, reason)
+            self._prepare_together(prepared, describe, step, cause)
+        ticket = prepared.ticket or self._ticket(self._lineage, step, cause)
         assert prepared.local is not None
         assert self.planned is not None
         saved = self._saver.save(prepared.local, self.planned, ticket)
@@ -196,7 +196,9 @@ class Run:
             self._after_publish(saved, facts, before, self.clock.monotonic() - started)
         return saved
 
-    def _prepare_together(self, prepared: Prepared, describe: Callable[[], LocalState], step: int, reason: str) -> None:
+    def _prepare_together(
+        self, prepared: Prepared, describe: Callable[[], LocalState], step: int, cause: Cause
+    ) -> None:
         """Plan anew where something changed, name the save, begin it. Collective."""
         error = prepared.failure
         try:
@@ -208,11 +210,11 @@ class Run:
         assert prepared.local is not None
         self._plan(prepared.local)
         begun: list[Ticket] = []
-        self._on_root(lambda: begun.append(self._begin(step, reason)))
+        self._on_root(lambda: begun.append(self._begin(step, cause)))
         header = json.dumps([begun[0].facts.prefix, begun[0].facts.sequence]).encode("utf-8") if begun else None
         prefix, sequence = json.loads(self.group.bcast(header))
         self._lineage = replace(self._lineage, prefix=prefix, sequence=sequence - 1)
-        prepared.ticket = begun[0] if begun else self._ticket(self._lineage, step, reason)
+        prepared.ticket = begun[0] if begun else self._ticket(self._lineage, step, cause)
 
     def _plan(self, local: LocalState) -> None:
         changed = self.planned is None or self.planned.digest != local.digest
@@ -233,7 +235,7 @@ class Run:
             assert self.planned is not None
             check_replicas(self.group, local, self.planned)
 
-    def _begin(self, step: int, reason: str) -> Ticket:
+    def _begin(self, step: int, cause: Cause) -> Ticket:
         """Choose the name and the place in the lineage, and begin. Root only."""
         assert self.planned is not None
         lineage = self._lineage
@@ -241,10 +243,10 @@ class Run:
             prefix, sequence = self.keeper.numbered_prefix(), self.keeper.highest_sequence()
             lineage = replace(lineage, prefix=prefix, sequence=sequence)
         lineage = replace(lineage, sequence=max(lineage.sequence, self._begun))
-        ticket = self._ticket(lineage, step, reason)
+        ticket = self._ticket(lineage, step, cause)
         taken, ours = self._taken(ticket)
         if taken and not ours:
-            ticket = self._ticket(replace(lineage, prefix=self.keeper.numbered_prefix()), step, reason)
+            ticket = self._ticket(replace(lineage, prefix=self.keeper.numbered_prefix()), step, cause)
             ours = self._taken(ticket)[1]
         ticket = replace(ticket, replace=ours)
         self._begun = ticket.facts.sequence
@@ -256,8 +258,8 @@ class Run:
             raise
         return ticket
 
-    def _ticket(self, lineage: Lineage, step: int, reason: str) -> Ticket:
-        moment = Moment(step, self.steps_per_epoch, reason, self.clock.wall())
+    def _ticket(self, lineage: Lineage, step: int, cause: Cause) -> Ticket:
+        moment = Moment(step, self.steps_per_epoch, cause, self.clock.wall())
         return make_ticket(lineage, moment, self.config, self.group.size)
 
     def _taken(self, ticket: Ticket) -> tuple[bool, bool]:
@@ -287,6 +289,7 @@ class Run:
         # Last: where warnings are errors, it ends this.
         if saved.unchanged and before is not None and facts.step > before and self.planned and self.planned.tensors:
             self._warn_unchanged(before, facts.step)
+        self._warn_unrated(facts)
 
     def _warn_unchanged(self, before: int, step: int) -> None:
         assert self.planned is not None
@@ -296,6 +299,27 @@ class Run:
             self._warn(
                 f"no tensor has changed between steps {before} and {step} ({names}): were arrays rebound instead of "
                 "updated in place? Pass a callable that returns the current ones",
+                StateWarning,
+            )
+
+    def warn_of_jump(self, jump: int) -> None:
+        """Root, once: steps come so many at a time, and an interval of the policy is no multiple of that."""
+        rule = self.config.save_policy.uneven(jump, self.steps_per_epoch) if self.group.is_root else None
+        if rule is not None and "jump" not in self._warned:
+            self._warned.add("jump")
+            self._warn(
+                f"steps come {jump} at a time, and {rule} is no multiple of that: saves are made at the next step that "
+                "comes, later than asked for",
+                StateWarning,
+            )
+
+    def _warn_unrated(self, facts: Facts) -> None:
+        name = self.config.best_metric
+        if self.config.keep_best and name not in facts.metrics and "unrated" not in self._warned:
+            self._warned.add("unrated")
+            self._warn(
+                f"step {facts.step} was saved without the metric {name!r}, so keep_best cannot keep it: hand "
+                f"metrics={{{name!r}: ...}} to step_end",
                 StateWarning,
             )
 

@@ -74,6 +74,8 @@ class Saved:
         The rank that took longest to write, and how long.
     unchanged : bool
         No tensor differs from the save before.
+    reason, detail, ephemeral : str, str, bool
+        As in the manifest: why root saved.
     """
 
     path: str
@@ -82,6 +84,9 @@ class Saved:
     slowest: int
     slowest_seconds: float
     unchanged: bool
+    reason: str = ""
+    detail: str = ""
+    ephemeral: bool = False
 
 
 class Saver:
@@ -231,4 +236,5 @@ class Saver:
         slowest = int(np.argmax(seconds))
         unchanged = not any(head[0] for head in heads)
         total = self.clock.monotonic() - started
-        return Saved(path, manifest.facts.nbytes, total, slowest, seconds[slowest], unchanged)
+        why = (facts.reason, facts.detail, facts.ephemeral)
+        return Saved(path, manifest.facts.nbytes, total, slowest, seconds[slowest], unchanged, *why)

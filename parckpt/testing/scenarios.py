@@ -168,7 +168,7 @@ def poll_and_wait_meet_step_end(comm: Communicator, directory: str) -> None:
 @_scene
 def steps_differ_when_a_save_is_due(comm: Communicator, directory: str) -> None:
     with _checkpoint(comm, directory, steps=4) as ckpt:
-        ckpt.step_end(_state(comm, 1), 1)
+        ckpt.step_end(_state(comm, 3), 3)
         step = 5 if comm.rank == 1 else 4
         error = _same_everywhere(comm, lambda: ckpt.step_end(_state(comm, step), step), StepMismatchError)
         _assert_in(error, "step_end at step 4: rank", "step_end at step 5: rank 1")
