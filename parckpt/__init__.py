@@ -30,12 +30,14 @@ from parckpt.errors import (
     ConfigError,
     ConfigTypeError,
     ConfigWarning,
+    DirectoryNotFoundError,
     FormatError,
     IntegrityError,
     InternalError,
     LayoutError,
     LockedError,
     NoSpaceError,
+    NotAFileError,
     ParckptError,
     ParckptWarning,
     RankError,
@@ -50,6 +52,7 @@ from parckpt.errors import (
     UnsupportedVersionError,
 )
 from parckpt.loadfile import load_checkpoint
+from parckpt.netload import load_param_into_net
 from parckpt.savefile import save_checkpoint
 from parckpt.strategies import (
     get_ckpt_path_with_strategy,
@@ -76,6 +79,7 @@ __all__ = [
     "ConfigError",
     "ConfigTypeError",
     "ConfigWarning",
+    "DirectoryNotFoundError",
     "EveryEpochs",
     "EverySeconds",
     "EverySteps",
@@ -88,6 +92,7 @@ __all__ = [
     "LockedError",
     "ModelCheckpoint",
     "NoSpaceError",
+    "NotAFileError",
     "ParckptError",
     "ParckptWarning",
     "PerRank",
@@ -113,6 +118,7 @@ __all__ = [
     "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
+    "load_param_into_net",
     "load_strategy",
     "merge_pipeline_strategys",
     "open_checkpoint",
