@@ -17,20 +17,21 @@ from parckpt.core.clock import Clock
 from parckpt.core.retention import Candidate, RetentionPolicy
 from parckpt.engine.belonging import Owner, is_alone
 from parckpt.engine.catalog import Found, find_at, scan
+from parckpt.engine.deleting import remove_taken, take_away
+from parckpt.engine.pins import is_pinned
 from parckpt.engine.staging import Modes
 from parckpt.engine.sweep import Swept, recover
 from parckpt.errors import CheckpointNotFoundError, LockedError, StorageError
-from parckpt.storage.atomic import read_file, remove_tree, replace_file
+from parckpt.storage.atomic import read_file, replace_file
 from parckpt.storage.filesystem import FileSystem, opened, try_stat
 from parckpt.storage.identity import Identity
 from parckpt.storage.lock import Lock
 
-__all__ = ["PIN", "Keeper", "candidate_of", "make_directory"]
+__all__ = ["Keeper", "candidate_of", "make_directory"]
 
 log = logging.getLogger("parckpt")
 
 _MAX_RUN_NBYTES = 1 << 16
-PIN = ".pin"
 
 
 @dataclass
@@ -200,21 +201,15 @@ class Keeper:
             log.warning("old checkpoints could not be deleted: %s", error)
 
     def _delete(self, found: Found) -> None:
-        """Rename to a trash name, durably, and remove in the background; of a file, data before manifest."""
-        assert found.facts is not None
-        trash = os.path.join(self.directory, naming.trash_name(found.stem, found.facts.token))
-        self.fs.rename(found.path, trash)
-        self.fs.sync_directory(self.directory)
+        """Take away, durably, and remove in the background."""
+        trash = take_away(self.fs, found)
         self._cleaning = [future for future in self._cleaning if not future.done()]
-        self._cleaning.append(
-            self._cleaner.submit(self._clean, trash, None if found.is_directory else found.manifest_path)
-        )
+        if trash is not None:
+            self._cleaning.append(self._cleaner.submit(self._clean, found, trash))
 
-    def _clean(self, trash: str, manifest: str | None) -> None:
+    def _clean(self, found: Found, trash: str) -> None:
         try:
-            remove_tree(self.fs, trash)
-            if manifest is not None:
-                self.fs.unlink(manifest)
+            remove_taken(self.fs, found, trash)
         except StorageError as error:
             log.warning("%s could not be removed, the next start will: %s", trash, error)
 
@@ -251,7 +246,7 @@ def candidate_of(fs: FileSystem, directory: str, found: Found) -> Candidate:
         is_breakpoint=facts.kind == "breakpoint",
         is_consistent=facts.consistent,
         is_set_aside=found.set_aside is not None or found.error is not None,
-        is_pinned=try_stat(fs, os.path.join(directory, f".{found.stem}{PIN}-{found.token}")) is not None,
+        is_pinned=is_pinned(fs, directory, found),
         is_ephemeral=facts.ephemeral,
         step=facts.step,
         metrics=facts.metric_values(),
