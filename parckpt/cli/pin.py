@@ -90,7 +90,7 @@ def _remove(fs: FileSystem, path: str, as_json: bool) -> None:
         if not gone:
             raise CheckpointNotFoundError(f"there is no checkpoint at {path}, and no pin of one", path=path)
         stem, tokens = gone[0].stem, [one.token for one in gone if one.stem == gone[0].stem]
-    changed = 0 < sum(unpin(fs, directory, stem, token) for token in tokens)
+    changed = sum(unpin(fs, directory, stem, token) for token in tokens) > 0
     if as_json:
         step = found.facts.step if found is not None and found.facts is not None else None
         emit({"path": path, "step": step, "token": tokens[0], "pinned": False, "changed": changed})
