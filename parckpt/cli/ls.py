@@ -117,7 +117,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def state_text(row: dict[str, Any]) -> str:
     """State of a checkpoint in words."""
-    return row["state"] + ", pinned" * row["pinned"] + (f": {row['problem']}" if row["problem"] else "")
+    why = f": {row['problem']}" if row["problem"] else ""
+    return f"{row['state']}{', pinned' * row['pinned']}{why}"
 
 
 def _foreign_cells(entry: Foreign) -> tuple[str, ...]:
