@@ -28,6 +28,7 @@ from parckpt.errors import (
     CheckpointNotFoundError,
     ChecksumError,
     ConfigError,
+    ConfigKeyError,
     ConfigTypeError,
     ConfigWarning,
     DirectoryNotFoundError,
@@ -61,6 +62,7 @@ from parckpt.strategies import (
     restore_group_info_list,
     save_strategy,
 )
+from parckpt.transform import merge_sliced_parameter, rank_list_for_transform
 
 __version__ = VERSION
 
@@ -77,6 +79,7 @@ __all__ = [
     "Clock",
     "Communicator",
     "ConfigError",
+    "ConfigKeyError",
     "ConfigTypeError",
     "ConfigWarning",
     "DirectoryNotFoundError",
@@ -121,7 +124,9 @@ __all__ = [
     "load_param_into_net",
     "load_strategy",
     "merge_pipeline_strategys",
+    "merge_sliced_parameter",
     "open_checkpoint",
+    "rank_list_for_transform",
     "restore_group_info_list",
     "save_checkpoint",
     "save_strategy",

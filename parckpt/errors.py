@@ -15,6 +15,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "ChecksumError",
     "ConfigError",
+    "ConfigKeyError",
     "ConfigTypeError",
     "ConfigWarning",
     "DirectoryNotFoundError",
@@ -97,6 +98,12 @@ class NotAFileError(ConfigError, IsADirectoryError):
     """A file's name was asked for, and a directory has it."""
 
     code = "not-a-file"
+
+
+class ConfigKeyError(ConfigError, KeyError):
+    """As `ConfigError`, for a name that something given does not know."""
+
+    code = "config-key"
 
 
 class LayoutError(ParckptError, ValueError):

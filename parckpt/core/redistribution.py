@@ -172,7 +172,7 @@ def _ends(digits: list[_Digit]) -> list[int]:
 
 def _cut_at(digits: list[_Digit], marks: Sequence[int]) -> list[_Digit]:
     found: list[_Digit] = []
-    for begin, digit in zip(_ends(digits), digits):
+    for begin, digit in zip(_ends(digits)[:-1], digits, strict=True):
         inside = [m // begin for m in marks if begin <= m <= begin * digit.size]
         for low, high in itertools.pairwise(inside):
             # The most significant part comes first: `low` is how many parts precede it in significance.
