@@ -14,6 +14,7 @@ from typing import Any
 
 from parckpt.core import naming
 from parckpt.core.clock import Clock
+from parckpt.core.manifest import Facts
 from parckpt.core.retention import Candidate, RetentionPolicy
 from parckpt.engine.belonging import Owner, is_alone
 from parckpt.engine.catalog import Found, find_at, scan
@@ -32,6 +33,7 @@ __all__ = ["Keeper", "candidate_of", "make_directory"]
 log = logging.getLogger("parckpt")
 
 _MAX_RUN_NBYTES = 1 << 16
+_MAX_NOTED_NBYTES = 48 << 10  # of directories in the run file: some thousands, of which the oldest are forgotten
 
 
 @dataclass
@@ -132,13 +134,29 @@ class Keeper:
 
     def note_start(self, run_id: str) -> None:
         """Leave the trace by which a restarted job knows that this is the right directory."""
-        if self.run_file is None:
-            self._write_run_file({"run_id": run_id, "published": False, "step": 0})
+        if self.run_file is None or "run_id" not in self.run_file:
+            self._write_run_file({"run_id": run_id, "published": False, "step": 0, **(self.run_file or {})})
 
     def note_published(self, run_id: str, step: int) -> None:
         """Remember, durably and once per run, that something was published here."""
         if self.run_file is None or not self.run_file.get("published") or self.run_file.get("run_id") != run_id:
             self._write_run_file({"run_id": run_id, "published": True, "step": step})
+
+    def note_directory(self, path: str) -> None:
+        """Remember, durably, that the run goes on in another directory, relative to this one; as the last of all."""
+        noted = self.noted_directories()
+        if noted[-1:] != [path]:
+            noted = [*(one for one in noted if one != path), path]
+            while len(json.dumps(noted)) > _MAX_NOTED_NBYTES:
+                del noted[: 1 + len(noted) // 8]
+            self._write_run_file({"directories": noted})
+
+    def noted_directories(self) -> list[str]:
+        """What `note_directory` was told, the last one last."""
+        noted = (self.run_file or {}).get("directories")
+        if not isinstance(noted, list):
+            return []
+        return [path for path in noted if isinstance(path, str) and "\0" not in path and not os.path.isabs(path)]
 
     def _run_path(self) -> str:
         return os.path.join(self.directory, naming.run_name(self.family))
@@ -157,9 +175,10 @@ class Keeper:
         return content
 
     def _write_run_file(self, content: Mapping[str, Any]) -> None:
+        content = {**(self.run_file or {}), **content}
         data = json.dumps(content).encode("utf-8")
         replace_file(self.fs, self._run_path(), data, self.modes.file)
-        self.run_file = dict(content)
+        self.run_file = content
 
     # -- names and lineage ----------------------------------------------------------------------------------------
 
@@ -173,13 +192,12 @@ class Keeper:
         """Of everything published in this family; 0 if nothing is."""
         return max((f.facts.sequence for f in scan(self.fs, self.directory, self.family) if f.facts), default=0)
 
-    def taken(self, path: str, run_id: str, step: int) -> tuple[bool, bool]:
-        """Whether a name is taken, and whether by the same step of the same run."""
+    def taken(self, path: str, facts: Facts) -> tuple[bool, bool]:
+        """Whether a name is taken, and whether by what a save with these facts may replace."""
         if try_stat(self.fs, path) is None:
             return False, False
         found = find_at(self.fs, path)
-        facts = found.facts if found is not None else None
-        return True, facts is not None and (facts.run_id, facts.step) == (run_id, step)
+        return True, found is not None and found.facts is not None and facts.may_replace(found.facts)
 
     # -- retention ------------------------------------------------------------------------------------------------
 

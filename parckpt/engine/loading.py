@@ -60,7 +60,12 @@ class Loading:
         if flat is None and self.group.size == 1 and _is_foreign_file(self.fs, arguments.path):
             return self._not_empty(foreign.load_all(self.fs, arguments.path, arguments.format, arguments.keep))
         restorer = Restorer(
-            self.group, self.fs, os.path.dirname(arguments.path), "", nothing_found=lambda: None, may_mark=False
+            self.group,
+            self.fs,
+            lambda: (os.path.dirname(arguments.path),),
+            "",
+            nothing_found=lambda: None,
+            may_mark=False,
         )
         if flat is None:
             selection = Selection(strict=False, choose=arguments.keep)
