@@ -16,7 +16,6 @@ from parckpt.storage.atomic import read_file
 from parckpt.testing.filesystem import MemoryFileSystem
 from parckpt.testing.world import run_world
 
-
 HOME = "/ckpts"
 
 
