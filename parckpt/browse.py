@@ -14,6 +14,7 @@ from parckpt.core import appended, values
 from parckpt.core.contents import Contents
 from parckpt.core.layout import Box
 from parckpt.core.manifest import Manifest
+from parckpt.core.strategy import Strategy
 from parckpt.engine import foreign, notyet
 from parckpt.engine.catalog import Found, find_at, load_manifest, scan
 from parckpt.engine.reading import read_box
@@ -21,6 +22,7 @@ from parckpt.errors import (
     CheckpointNotFoundError,
 )
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem, try_stat
+from parckpt.strategies import as_strategy
 
 __all__ = ["Checkpoint", "CheckpointInfo", "inspect", "latest_checkpoint", "list_checkpoints", "open_checkpoint"]
 
@@ -127,11 +129,16 @@ def _info(found: Found) -> CheckpointInfo:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], dec_key: bytes | None = None, *, filesystem: FileSystem | None = None
+    path: str | os.PathLike[str],
+    dec_key: bytes | None = None,
+    *,
+    strategy: Strategy | str | os.PathLike[str] | None = None,
+    filesystem: FileSystem | None = None,
 ) -> Checkpoint:
     """Open a file or step directory lazily: only what is indexed is read, and verified. Not collective.
 
-    What has no manifest (MindSpore's files) can be read, but not verified, in parts.
+    What has no manifest (MindSpore's files) can be read, but not verified, in parts; files of several ranks need the
+    ``strategy`` by which tensors were cut, unless none were.
     """
     notyet.refuse(enc_key=dec_key)
     fs = filesystem if filesystem is not None else PosixFileSystem()
@@ -141,9 +148,11 @@ def open_checkpoint(
     found = find_at(fs, absolute)
     if found is not None:
         return Checkpoint(fs, found.path, found.root, load_manifest(fs, found), found.manifest_path)
-    manifest = foreign.without_checksums(foreign.open_foreign(fs, absolute, check=False))
     stat = try_stat(fs, absolute)
-    root = absolute if stat is not None and stat.is_dir else os.path.dirname(absolute)
+    is_dir = stat is not None and stat.is_dir
+    cuts = as_strategy(strategy, fs) if is_dir else None
+    manifest = foreign.without_checksums(foreign.open_foreign(fs, absolute, check=False, strategy=cuts))
+    root = absolute if is_dir else os.path.dirname(absolute)
     return Checkpoint(fs, absolute, root, manifest)
 
 

@@ -14,16 +14,16 @@ import numpy as np
 
 from parckpt.comm.launch import resolve
 from parckpt.comm.wait import SystemClock, Waiter
-from parckpt.core import policyoptions
+from parckpt.core import naming, policyoptions
 from parckpt.core.clock import Clock
 from parckpt.core.config import CheckpointConfig
 from parckpt.core.manifest import Facts
 from parckpt.core.policy import Decision, History
 from parckpt.core.round import Action, Agreement, Call, Voice
 from parckpt.core.state import State, flatten
+from parckpt.core.strategy import Strategy
 from parckpt.core.target import NameMap, Selection
 from parckpt.engine import notyet
-from parckpt.engine.destination import DEFAULT_FAMILY, DirectoryRule, NameRule, Names, Parameters
 from parckpt.engine.group import Group
 from parckpt.engine.lineage import Cause
 from parckpt.engine.local import LocalState, as_state
@@ -41,6 +41,7 @@ from parckpt.errors import (
 )
 from parckpt.signals import deferred_interrupt
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem
+from parckpt.strategies import as_strategy, name_of
 
 __all__ = ["ModelCheckpoint"]
 
@@ -58,23 +59,16 @@ class ModelCheckpoint:
 
     Parameters
     ----------
-    prefix : str or callable
-        Begin of the names, ``<prefix>-<epoch>_<step in epoch>``. A callable is called at each save with the parameters
-        of the step (`Parameters`, or what the training loop has) and returns the whole name without extension, the
-        same on all ranks. A name that it returns again replaces what this run saved under it before.
-    directory : str, path-like or callable, optional
-        Where checkpoints go; made if it is missing. Default: the working directory. A callable is called like that of
-        ``prefix``, and once at the start, at step 0: `restore` looks into what it returns then, and into all that the
-        run went on to from there.
+    prefix : str
+        Begin of the names.
+    directory : str or path-like, optional
+        Where checkpoints go; made if it is missing. Default: the working directory.
     config : CheckpointConfig, optional
         Default: ``CheckpointConfig()``.
     comm : mpi4py communicator, parckpt.SELF or Communicator, optional
         Default: ``COMM_WORLD`` when started by a launcher, else this process alone. Duplicated; the caller's is free.
     steps_per_epoch : int, optional
         Turns the global step into epoch and step within it. Default: all is epoch 1.
-    family : str, optional
-        With a callable prefix: the name of the lock, and of what `restore` finds and retention counts. Default:
-        ``"CKP"``. (A prefix that is a str is its own.)
     clock : Clock, optional
         Asked for everything that depends on time.
     filesystem : FileSystem, optional
@@ -90,13 +84,12 @@ class ModelCheckpoint:
 
     def __init__(
         self,
-        prefix: NameRule = "CKP",
-        directory: DirectoryRule = None,
+        prefix: str = "CKP",
+        directory: str | os.PathLike[str] | None = None,
         config: CheckpointConfig | None = None,
         *,
         comm: Any = None,
         steps_per_epoch: int | None = None,
-        family: str | None = None,
         clock: Clock | None = None,
         filesystem: FileSystem | None = None,
     ) -> None:
@@ -108,7 +101,6 @@ class ModelCheckpoint:
         self._history = History(0, self._clock.monotonic())
         self._state: State | None = None
         self._metrics: dict[str, float] = {}  # of the present step
-        self._parameters: Any = None  # of the last run context, where the loop hands in such
         self._spoiled: list[str] = []
         self._failed_in_a_row = 0
         self._updating: int | None = None
@@ -118,16 +110,15 @@ class ModelCheckpoint:
         #: Whether a save was due at the last step, and why; where no save was made, as this rank's clock has it.
         self.last_decision: Decision | None = None
         try:
-            names, home = self._agree_on_arguments(prefix, directory, family, config, steps_per_epoch)
+            self.directory = self._agree_on_arguments(prefix, directory, config, steps_per_epoch)
             self._run = Run(
                 self._group,
                 filesystem if filesystem is not None else PosixFileSystem(),
                 self._clock,
                 self.config,
-                names=names,
-                directory=home,
+                family=prefix,
+                directory=self.directory,
                 steps_per_epoch=steps_per_epoch,
-                destination=lambda step: names.at(self._parameters_at(step)),
             )
         except BaseException:
             self._group.comm.free()
@@ -136,32 +127,27 @@ class ModelCheckpoint:
 
     def _agree_on_arguments(
         self,
-        prefix: NameRule,
-        directory: DirectoryRule,
-        family: str | None,
+        prefix: str,
+        directory: str | os.PathLike[str] | None,
         config: CheckpointConfig | None,
         steps_per_epoch: int | None,
-    ) -> tuple[Names, str]:
-        """Check the arguments on every rank and over all ranks; return also the first directory. Collective."""
+    ) -> str:
+        """Check the arguments on every rank and over all ranks; return the absolute directory. Collective."""
         error: Exception | None = None
-        names, path = Names(DEFAULT_FAMILY, "", DEFAULT_FAMILY), ""
+        path = ""
         try:
             _check_config(config)
-            names = Names.of(prefix, directory, family)
-            path = names.home(Parameters.at(0, steps_per_epoch))
-        except Exception as problem:  # user code and checks; the other ranks wait for the comparison
+            naming.check_prefix(prefix)
+            path = _checked_directory(directory)
+            naming.epoch_and_step(1, steps_per_epoch)
+        except Exception as problem:  # the other ranks wait for the comparison
             error = problem
         self._group.agree(error)
-        given = {**names.describe(), "directory": path, "steps_per_epoch": steps_per_epoch, **self.config.describe()}
+        given = {"prefix": prefix, "directory": path, "steps_per_epoch": steps_per_epoch, **self.config.describe()}
         compare_arguments(self._group, given)
-        return names, path
+        return path
 
     # -- what users call ------------------------------------------------------------------------------------------
-
-    @property
-    def directory(self) -> str:
-        """Where the last save went; before the first, where the run starts. Absolute."""
-        return self._run.directory
 
     @property
     def should_exit(self) -> bool:
@@ -189,6 +175,7 @@ class ModelCheckpoint:
         atomic: bool = False,
         min_step: int | None = None,
         allow_inconsistent: bool = False,
+        strategy: Strategy | str | os.PathLike[str] | None = None,
     ) -> Progress:
         """Fill the state from the newest checkpoint that is whole.
 
@@ -220,6 +207,9 @@ class ModelCheckpoint:
             Refuse anything older: the protection against a rolled-back directory.
         allow_inconsistent : bool
             Also take what is not known to be one step of all ranks.
+        strategy : Strategy or str, optional
+            MindSpore's strategy, or its file: how the ``rank_<n>`` files in the directory `path` fit together. Not
+            needed, and not used, for what parckpt wrote.
 
         Returns
         -------
@@ -247,6 +237,7 @@ class ModelCheckpoint:
                 atomic,
                 min_step,
                 allow_inconsistent,
+                strategy=self._strategy(strategy, path is not None),
             )
             flat = None if state is None else flatten(state, writable=True)
         except Exception as error:  # user code and checks before the first collective; the round carries the outcome
@@ -257,6 +248,7 @@ class ModelCheckpoint:
             # What each rank names in its state may differ; which checkpoint is meant, and how strictly, may not.
             given = {"step": step, "path": request.path, "strict": strict, "cast": cast, "fallback": fallback}
             given |= {"required": required, "min_step": min_step, "allow_inconsistent": allow_inconsistent}
+            given["strategy"] = name_of(strategy)
             compare_arguments(self._group, given)
             try:
                 restored = self._run.restorer(required=bool(required)).restore(flat, request)
@@ -269,6 +261,12 @@ class ModelCheckpoint:
             self._metrics = {}
             self._history = self._history_after(restored.facts)
         return restored.progress
+
+    def _strategy(self, given: Strategy | str | os.PathLike[str] | None, has_path: bool) -> Strategy | None:
+        """The strategy on root, which alone opens checkpoints; the others only say which one they mean."""
+        if given is not None and not has_path:
+            raise ConfigError("strategy= says how the files at path= fit together: give both", parameter="strategy")
+        return as_strategy(given, self._run.fs) if self._group.is_root else None
 
     def step_end(
         self, state: State | None = None, step: int | None = None, *, metrics: Mapping[str, float] | None = None
@@ -554,12 +552,6 @@ class ModelCheckpoint:
             return History(self._step, now)
         return History(min(facts.counted_step, self._step), now, ephemeral_step=self._step)
 
-    def _parameters_at(self, step: int) -> Any:
-        """What callable names get: the training loop's own parameters, if it has any."""
-        if self._parameters is not None:
-            return self._parameters
-        return Parameters.at(step, self._run.steps_per_epoch)
-
     def _state_or_none(self) -> State | None:
         if self._state is not None:
             return self._state
@@ -587,5 +579,14 @@ def _check_config(config: CheckpointConfig | None) -> None:
         exception_save=config.exception_save,
         format=config.format,
     )
-    if config.ownership != "parckpt":
-        raise NotImplementedError(f"ownership {config.ownership!r} is not implemented yet")
+
+
+def _checked_directory(directory: str | os.PathLike[str] | None) -> str:
+    if directory is None:
+        return os.getcwd()
+    path = os.fspath(directory)
+    if not isinstance(path, str):
+        raise ConfigTypeError(f"directory must be a str, not {type(directory).__name__}")
+    if not path.strip():
+        raise ConfigError("directory must not be blank")
+    return os.path.abspath(path)

@@ -5,6 +5,7 @@ Nothing here is collective.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ __all__ = [
     "get_ckpt_path_with_strategy",
     "load_strategy",
     "merge_pipeline_strategys",
+    "name_of",
     "restore_group_info_list",
     "save_strategy",
 ]
@@ -59,7 +61,14 @@ def as_strategy(given: Strategy | str | os.PathLike[str] | None, fs: FileSystem)
     """Return what a ``strategy=`` argument means: the strategy itself, or the file that holds it."""
     if given is None or isinstance(given, Strategy):
         return given
-    return load_strategy(given, filesystem=fs)
+    return load_strategy(os.path.abspath(_path("strategy", given)), filesystem=fs)
+
+
+def name_of(given: Strategy | str | os.PathLike[str] | None) -> str | None:
+    """Return what tells one ``strategy=`` argument from another: ranks compare it."""
+    if isinstance(given, Strategy):
+        return f"<Strategy {hashlib.sha256(form.encode(given)).hexdigest()[:16]}>"
+    return None if given is None else str(given)
 
 
 def merge_pipeline_strategys(

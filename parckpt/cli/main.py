@@ -14,7 +14,6 @@ from parckpt.cli.diff import diff
 from parckpt.cli.environment import drop_launcher_variables
 from parckpt.cli.failure import USAGE, exit_help, report
 from parckpt.cli.ls import ls
-from parckpt.cli.pin import pin
 from parckpt.cli.show import show
 from parckpt.cli.status import status
 from parckpt.cli.unlock import unlock
@@ -93,5 +92,4 @@ main.command("show", cls=_Command)(show)
 main.command("status", cls=_Command)(status)
 main.command("verify", cls=_Command)(verify)
 main.command("diff", cls=_Command)(diff)
-main.command("pin", cls=_Command)(pin)
 main.command("unlock", cls=_Command)(unlock)

@@ -1,4 +1,4 @@
-"""Which holder of a replicated box writes it: balanced by bytes, the same answer on every rank.
+"""Which holder of a replicated box writes it: balanced by bytes, or by MindSpore's rule; the same on every rank.
 
 Only integers decide, and every tie has a rule, so ranks and platforms agree.
 """
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from parckpt.core.balance import level_loads
 
-__all__ = ["CHUNK_NBYTES", "Replicas", "Shares", "assign_owners"]
+__all__ = ["CHUNK_NBYTES", "Replicas", "Shares", "assign_by_name", "assign_owners"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -87,6 +87,40 @@ def assign_owners(replicas: Replicas, nodes: npt.ArrayLike, *, split: bool, chun
     With `split`: no load exceeds the best that arbitrary cuts could reach by more than one chunk.
     """
     return _Assignment(replicas, np.asarray(nodes, dtype=np.int64), chunk_nbytes).run(split)
+
+
+def assign_by_name(replicas: Replicas, names: Sequence[str], name: Ints) -> Shares:
+    """Choose who writes each box by MindSpore's rule, which goes by names and not by bytes.
+
+    Not collective. Pure: equal input gives equal output on every rank.
+
+    Parameters
+    ----------
+    replicas : Replicas
+    names : sequence of str
+        Distinct names.
+    name : int64 array
+        For each box, which of them its tensor has.
+
+    Returns
+    -------
+    Shares
+        Boxes are never cut. Of the boxes with one holder set, the j-th name in sorted order goes to its j-th rank,
+        beginning again with the first rank when all have had one. Boxes of one tensor and holder set stay together.
+    """
+    place = np.empty(len(names), dtype=np.int64)
+    place[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
+    # Distinct pairs of holder set and name, sorted by both: a pair's number within its set is what MindSpore counts.
+    key = replicas.holder_set * max(len(names), 1) + place[name]
+    pairs, pair = np.unique(key, return_inverse=True)
+    sets = pairs // max(len(names), 1)
+    number = np.arange(len(pairs)) - np.searchsorted(sets, sets)
+    lengths = np.array([len(ranks) for ranks in replicas.sets], dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
+    ranks = np.concatenate([np.zeros(0, dtype=np.int64), *replicas.sets])
+    owner = ranks[starts[sets] + number % lengths[sets]].reshape(-1)[pair.reshape(-1)]
+    box = np.arange(len(replicas.holder_set))
+    return Shares(box, owner, np.zeros_like(box), replicas.shapes.prod(axis=1))
 
 
 class _Assignment:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from parckpt.core.describe import EMPTY, PER_RANK, Description
 from parckpt.core.holdings import Holdings, merge
 from parckpt.core.layout import Box
-from parckpt.core.ownership import CHUNK_NBYTES, assign_owners
+from parckpt.core.ownership import CHUNK_NBYTES, Shares, assign_by_name, assign_owners
 from parckpt.core.pieces import all_pieces, owned_pieces, replica_sets
 from parckpt.core.tensors import TensorRow, TensorTable
 from parckpt.errors import LayoutError
@@ -172,6 +172,7 @@ def plan_save(
     integrated: bool,
     remove_redundancy: bool,
     split_replicas: bool,
+    ownership: str = "parckpt",
     chunk_nbytes: int = CHUNK_NBYTES,
 ) -> SavePlan:
     """Decide who writes what.
@@ -192,6 +193,8 @@ def plan_save(
         Else: if True each box is written once, if False by every rank that holds it.
     split_replicas : bool
         With `remove_redundancy`: boxes may be cut among their holders.
+    ownership : {"parckpt", "mindspore"}
+        With `remove_redundancy`: who writes a box, by bytes or by MindSpore's rule, which cuts none.
     chunk_nbytes : int
         How much more than the optimum a rank may write for the sake of uncut boxes.
 
@@ -202,10 +205,15 @@ def plan_save(
     """
     holdings = merge(descriptions, rank_description)
     value_owner = _own_values(descriptions, np.asarray(rank_description, dtype=np.int64), holdings)
-    split = split_replicas and remove_redundancy and not integrated
+    split = split_replicas and remove_redundancy and not integrated and ownership != "mindspore"
     _check_file_names(holdings.tensors)
     if integrated or remove_redundancy:
-        shares = assign_owners(replica_sets(holdings), nodes, split=split, chunk_nbytes=chunk_nbytes)
+        replicas = replica_sets(holdings)
+        shares: Shares
+        if ownership == "mindspore" and not integrated:
+            shares = assign_by_name(replicas, holdings.tensors.names, holdings.tensors.name[holdings.box_tensor])
+        else:
+            shares = assign_owners(replicas, nodes, split=split, chunk_nbytes=chunk_nbytes)
         pieces = owned_pieces(holdings, shares)
     else:
         pieces = all_pieces(holdings)

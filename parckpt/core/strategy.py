@@ -179,9 +179,18 @@ class Strategy:
         return self.nstages * self.stage_nranks
 
     def layouts(self, name: str) -> tuple[Layout, ...]:
-        """Return the layouts of a tensor, one for each stage that holds it; none if it is not in the strategy."""
+        """Return the layouts of a tensor, one for each stage that holds it; none if it is not in the strategy.
+
+        Raises
+        ------
+        LayoutError
+            As `TensorStrategy.layout` and `Layout` do, with the tensor's name.
+        """
         stages = self.stages.get(name, {})
-        return tuple(tensor.layout(stage * self.stage_nranks) for stage, tensor in stages.items())
+        try:
+            return tuple(tensor.layout(stage * self.stage_nranks) for stage, tensor in stages.items())
+        except LayoutError as error:
+            raise LayoutError(f"{name!r}: {error.message}", tensor=name) from error
 
     def layout(self, name: str) -> Layout | None:
         """Return the layout of a tensor in the first stage that holds it; None if it is not in the strategy."""

@@ -89,6 +89,7 @@ def make_plan(
     integrated: bool,
     remove_redundancy: bool,
     split_replicas: bool,
+    ownership: str = "parckpt",
 ) -> Planned:
     """Exchange descriptions and plan. Collective.
 
@@ -106,6 +107,7 @@ def make_plan(
         integrated=integrated,
         remove_redundancy=remove_redundancy,
         split_replicas=split_replicas,
+        ownership=ownership,
     )
     own = [
         [name for name, flag in zip(d.value_names, d.value_flags.tolist(), strict=True) if flag & PER_RANK]

@@ -222,6 +222,8 @@ class _Reader:
         split, offset = (
             [_signed(number, 64) for number in found[0]] if found else [] for found in (lists[3], lists[4])
         )
+        if any(number < -1 for numbers in maps for number in numbers) or scalars[6] < 0 or scalars[7] < -1:
+            refuse(self._path, message.start, "parallel_layouts", "a negative number that is not -1")
         return TensorStrategy(mesh, _tensor_map(maps), tuple(split), tuple(offset), scalars[5], scalars[6], scalars[7])
 
     def _is_message(self, item: Field, where: str) -> None:
@@ -350,12 +352,18 @@ class _Json:
             else self.integer(entry, f"{name}: tensor_map")
             for entry in self.sequence(get("tensor_map"), f"{name}: tensor_map")
         ]
+        axes = [axis for entry in entries for axis in (entry if isinstance(entry, tuple) else (entry,))]
+        if any(axis < -1 for axis in axes):
+            raise self.refuse(f"{name}: tensor_map", "a list of numbers from -1", axes)
+        scalars = [self.integer(get(_FIELDS[number]), f"{name}: {_FIELDS[number]}") for number in (5, 6, 7)]
+        if scalars[1] < 0 or scalars[2] < -1:
+            raise self.refuse(f"{name}: opt_weight_shard_step and opt_weight_shard_size", "0, -1 or more", scalars[1:])
         return TensorStrategy(
             mesh,
             tuple(e[0] if isinstance(e, tuple) and len(e) == 1 else e for e in entries),
             self.integers(item.get("param_split_shape", []), f"{name}: param_split_shape", 1 << 20),
             self.integers(item.get("indices_offset", []), f"{name}: indices_offset", 1 << 20),
-            *(self.integer(get(_FIELDS[number]), f"{name}: {_FIELDS[number]}") for number in (5, 6, 7)),
+            *scalars,
         )
 
     def operator(self, name: str, value: Any) -> Operator:

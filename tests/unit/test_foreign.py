@@ -193,6 +193,22 @@ def test_slices_without_a_layout_are_refused(disk: MemoryFileSystem, other: np.n
     assert caught.value.ranks == [0, 1]
 
 
+@pytest.mark.parametrize("rank", [3, 12])
+def test_names_may_end_with_their_rank(disk: MemoryFileSystem, rank: int) -> None:
+    for other in range(rank + 1):
+        put(disk, f"/d/rank_{other}/out{other}.ckpt", {f"t{other}": A})
+        put(disk, f"/d/rank_{other}/note{other % 2}.ckpt", {"other": A})
+    files = foreign.open_foreign(disk, "/d").contents.files
+    assert [file.path for file in files] == [f"rank_{other}/out{other}.ckpt" for other in range(rank + 1)]
+
+
+def test_files_of_two_steps_do_not_belong_together(disk: MemoryFileSystem) -> None:
+    put(disk, "/d/rank_0/x.ckpt", {"a": A}, {"step_num": 4})
+    put(disk, "/d/rank_1/x.ckpt", {"b": A}, {"step_num": 5})
+    with pytest.raises(LayoutError, match=r"rank_1/x.ckpt is of step 5 and rank_0/x.ckpt of step 4"):
+        foreign.open_foreign(disk, "/d")
+
+
 # -- whole files ----------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from parckpt.core.balance import level_loads
-from parckpt.core.ownership import Replicas, Shares, assign_owners
+from parckpt.core.ownership import Replicas, Shares, assign_by_name, assign_owners
+from parckpt.core.redundancy import mindspore_owners
 
 pytestmark = pytest.mark.fast
 
@@ -30,9 +31,31 @@ def test_a_lone_holder_owns_its_boxes() -> None:
         assert rows(assign_owners(replicas, [0, 0, 0], split=split)) == [(0, 2, 0, 5), (1, 2, 0, 0), (2, 0, 0, 7)]
 
 
+def test_owners_by_name_are_mindspores() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        nranks, nnames = int(rng.integers(1, 7)), int(rng.integers(0, 12))
+        names = [f"p{number}" for number in rng.permutation(20)[:nnames].tolist()]
+        distinct = {tuple(np.flatnonzero(rng.random(nranks) < 0.6).tolist()) for _ in range(4)} - {()}
+        sets = [list(group) for group in distinct] or [[0]]
+        held = [(name, which) for name in range(nnames) for which in range(len(sets)) if rng.random() < 0.5]
+        rng.shuffle(held)
+        replicas = make([4] * len(held), [which for _, which in held], sets)
+        shares = assign_by_name(replicas, names, np.array([name for name, _ in held], dtype=np.int64))
+        groups: dict[str, list[list[int]]] = {}
+        for name, which in held:
+            groups.setdefault(names[name], []).append(sets[which])
+        found: dict[int, set[str]] = {}
+        for box, rank, start, stop in rows(shares):
+            assert (start, stop) == (0, 4)
+            found.setdefault(rank, set()).add(names[held[box][0]])
+        assert found == mindspore_owners(groups)
+
+
 def test_nothing_to_own() -> None:
     for split in (False, True):
         assert rows(assign_owners(make([], [], [[0, 1]]), [0, 0], split=split)) == []
+    assert rows(assign_by_name(make([], [], [[0, 1]]), [], np.zeros(0, dtype=np.int64))) == []
 
 
 def test_largest_first_onto_the_least_loaded() -> None:

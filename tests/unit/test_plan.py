@@ -47,6 +47,16 @@ W0, W1 = shard("w", (8, 4), (0, 0), (4, 4)), shard("w", (8, 4), (4, 0), (4, 4))
 BIAS = array("b", 3)
 
 
+def test_owners_by_name() -> None:
+    # All ranks hold a to e; of w, ranks 0 and 2 the upper half, 1 and 3 the lower one, and likewise of v.
+    halves = [[shard(n, (8, 4), (4 * (r % 2), 0), (4, 4)) for n in ("w", "v")] for r in range(4)]
+    rest = [array(n, 3) for n in ("c", "a", "e", "d", "b")]
+    made = plan(*([*rest, *own] for own in halves), ownership="mindspore")
+    names = [[made.tensors[t].name for t, _ in made.boxes_of(rank)] for rank in range(4)]
+    assert names == [["a", "e", "v"], ["b", "v"], ["c", "w"], ["d", "w"]]
+    assert not made.split_replicas
+
+
 def test_owners() -> None:
     made = plan([W0, BIAS], [W1, BIAS])
     assert [row.name for row in made.tensors] == ["w", "b"]

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from parckpt import Layout, load_strategy
+from parckpt.core.describe import Held, pack, unpack
+from parckpt.core.dtypes import by_name
+from parckpt.core.plan import plan_save
 from parckpt.core.redundancy import mindspore_groups, mindspore_owners, redundancy_map
 
 pytestmark = pytest.mark.fast
@@ -37,6 +40,29 @@ def test_recorded_layouts(case: dict[str, Any]) -> None:
     assert _plain({name: mindspore_groups(layout) for name, layout in layouts.items()}) == case["redundancy"]
     assert _owners(mindspore_owners(groups)) == case["owners_keep1"]
     assert _owners(mindspore_owners(groups, 2)) == case["owners_keep2"]
+
+
+@pytest.mark.parametrize("case", VECTORS["from_layout"], ids=lambda case: "-".join(case["layout"])[:40])
+def test_a_plan_by_mindspores_rule_saves_the_same(case: dict[str, Any]) -> None:
+    layouts = {name: Layout(mesh, None, entries) for name, (mesh, entries) in case["layout"].items()}
+    first, shape = case["initial_rank"], (48, 48, 48)
+    nranks = next(iter(layouts.values())).nranks
+    boxes = [{name: layout.box(shape, rank) for name, layout in layouts.items()} for rank in range(nranks)]
+    described = [
+        pack([Held(name, by_name("int8"), shape, box.offsets, box.shape, split=True) for name, box in each.items()], ())
+        for each in boxes
+    ]
+    plan = plan_save(
+        [unpack(data) for data in described],
+        range(nranks),
+        [0] * nranks,
+        integrated=False,
+        remove_redundancy=True,
+        split_replicas=True,
+        ownership="mindspore",
+    )
+    owners = {first + rank: {plan.tensors[t].name for t, _ in plan.boxes_of(rank)} for rank in range(nranks)}
+    assert _owners({rank: names for rank, names in owners.items() if names}) == case["owners_keep1"]
 
 
 @pytest.mark.parametrize("case", VECTORS["from_map"], ids=lambda case: f"{len(case['redundancy'])} names")

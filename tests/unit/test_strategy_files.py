@@ -72,6 +72,9 @@ def test_packed_numbers_and_unknown_fields_are_read() -> None:
 def test_what_is_no_strategy_is_refused() -> None:
     good = form.encode(MANY)
     mesh = form.encode(Strategy({"w": TensorStrategy((4, 0), (0,))}))
+    for wrong in (TensorStrategy((4,), (-2,)), TensorStrategy((4,), (0,), (), (), 0, -1, 0)):
+        with pytest.raises(FormatError, match=r"negative number"):
+            form.decode(form.encode(Strategy({"w": wrong})), "x")
     for data in (b"\x00", b"\x1a\x00", good[2:], good[:-1], b"junk, not a message", mesh, b"\x08\x01\x1a\x02\x0a\x00"):
         with pytest.raises(FormatError, match=r"^x: byte \d+: "):
             form.decode(data, "x")
@@ -89,7 +92,7 @@ def test_no_bytes_raise_anything_else() -> None:
             found = decode(bytes(data), "x")
             for name in found.names:
                 found.layouts(name)
-        except (FormatError, LayoutError, ConfigError):
+        except (FormatError, LayoutError):
             pass
 
 
@@ -99,6 +102,8 @@ def test_no_bytes_raise_anything_else() -> None:
         ({"dev_matrix": [2, 0]}, "positive"),
         ({"dev_matrix": 2}, "w: dev_matrix must be a list"),
         ({"dev_matrix": [True]}, "w: dev_matrix must be an integer"),
+        ({"tensor_map": [-2]}, "w: tensor_map must be a list of numbers from -1"),
+        ({"opt_weight_shard_step": -1}, "opt_weight_shard_size must be 0, -1 or more"),
         ({"tensor_map": [0.5]}, "w: tensor_map must be an integer"),
         ({"tensor_map": [[0, "1"]]}, "w: tensor_map must be an integer"),
         ({"field": None}, "w: field must be an integer"),
