@@ -12,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 import parckpt
 from parckpt.cli.diff import diff
 from parckpt.cli.environment import drop_launcher_variables
+from parckpt.cli.explain import explain
 from parckpt.cli.failure import USAGE, exit_help, report
 from parckpt.cli.ls import ls
 from parckpt.cli.show import show
@@ -90,6 +91,7 @@ def _start(
 main.command("ls", cls=_Command)(ls)
 main.command("show", cls=_Command)(show)
 main.command("status", cls=_Command)(status)
+main.command("explain", cls=_Command)(explain)
 main.command("verify", cls=_Command)(verify)
 main.command("diff", cls=_Command)(diff)
 main.command("unlock", cls=_Command)(unlock)

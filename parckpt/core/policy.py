@@ -128,7 +128,7 @@ class SavePolicy:
             Needed by `EveryEpochs`; without it that is a ConfigError.
         """
         rules = list(self.waiting(history, steps_per_epoch))
-        if not rules and not self._is_active:
+        if not rules and not self.is_active:
             return Decision(False, "no trigger", "nothing is set that makes a save due")
         if step == history.last_step:
             return Decision(False, "already saved", f"step {step} is saved")
@@ -144,7 +144,8 @@ class SavePolicy:
         return ephemeral or Decision(False, "not due", _wait(rules))
 
     @property
-    def _is_active(self) -> bool:
+    def is_active(self) -> bool:
+        """Whether anything ever makes a save due."""
         return bool(self.steps or self.seconds or self.triggers or self.ephemeral_steps)
 
     def waiting(self, history: History, steps_per_epoch: int | None = None) -> Iterator[Due]:

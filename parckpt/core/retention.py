@@ -140,7 +140,7 @@ class RetentionPolicy:
             return [
                 Verdict(one, True, f"number {len(regular) - at} of the newest {self.count} ({rule})")
                 if at >= first
-                else Verdict(one, False, f"{self.count} newer ones are there ({rule})")
+                else Verdict(one, False, f"{_newer(self.count)} ({rule})")
                 for at, one in enumerate(regular)
             ]
         if not self.minutes:
@@ -160,7 +160,7 @@ class RetentionPolicy:
         return [
             Verdict(one, True, f"among the newest breakpoints ({rule})")
             if at >= first
-            else Verdict(one, False, f"{self.breakpoints} newer breakpoints are there ({rule})")
+            else Verdict(one, False, f"{_newer(self.breakpoints)} ({rule})")
             for at, one in enumerate(breakpoints)
         ]
 
@@ -216,6 +216,10 @@ class RetentionPolicy:
 
 _MAX_MINUTES = 1 << 53  # of a stored policy, so that seconds are a float
 _FIXED = {True: "set aside: neither counted nor deleted", False: "pinned: neither counted nor deleted"}
+
+
+def _newer(number: int) -> str:
+    return "one newer is there" if number == 1 else f"{number} newer ones are there" if number else "none is kept"
 
 
 def _by_id(verdicts: Iterable[Verdict]) -> dict[int, Verdict]:
