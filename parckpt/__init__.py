@@ -28,14 +28,17 @@ from parckpt.errors import (
     CheckpointNotFoundError,
     ChecksumError,
     ConfigError,
+    ConfigKeyError,
     ConfigTypeError,
     ConfigWarning,
+    DirectoryNotFoundError,
     FormatError,
     IntegrityError,
     InternalError,
     LayoutError,
     LockedError,
     NoSpaceError,
+    NotAFileError,
     ParckptError,
     ParckptWarning,
     RankError,
@@ -50,6 +53,7 @@ from parckpt.errors import (
     UnsupportedVersionError,
 )
 from parckpt.loadfile import load_checkpoint
+from parckpt.netload import load_param_into_net
 from parckpt.savefile import save_checkpoint
 from parckpt.strategies import (
     get_ckpt_path_with_strategy,
@@ -58,6 +62,7 @@ from parckpt.strategies import (
     restore_group_info_list,
     save_strategy,
 )
+from parckpt.transform import merge_sliced_parameter, rank_list_for_transform
 
 __version__ = VERSION
 
@@ -74,8 +79,10 @@ __all__ = [
     "Clock",
     "Communicator",
     "ConfigError",
+    "ConfigKeyError",
     "ConfigTypeError",
     "ConfigWarning",
+    "DirectoryNotFoundError",
     "EveryEpochs",
     "EverySeconds",
     "EverySteps",
@@ -88,6 +95,7 @@ __all__ = [
     "LockedError",
     "ModelCheckpoint",
     "NoSpaceError",
+    "NotAFileError",
     "ParckptError",
     "ParckptWarning",
     "PerRank",
@@ -113,9 +121,12 @@ __all__ = [
     "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
+    "load_param_into_net",
     "load_strategy",
     "merge_pipeline_strategys",
+    "merge_sliced_parameter",
     "open_checkpoint",
+    "rank_list_for_transform",
     "restore_group_info_list",
     "save_checkpoint",
     "save_strategy",

@@ -14,7 +14,7 @@ import numpy as np
 
 from parckpt.comm.launch import resolve
 from parckpt.comm.wait import SystemClock, Waiter
-from parckpt.core import naming, policyoptions
+from parckpt.core import policyoptions
 from parckpt.core.clock import Clock
 from parckpt.core.config import CheckpointConfig
 from parckpt.core.manifest import Facts
@@ -24,6 +24,7 @@ from parckpt.core.state import State, flatten
 from parckpt.core.strategy import Strategy
 from parckpt.core.target import NameMap, Selection
 from parckpt.engine import notyet
+from parckpt.engine.destination import DEFAULT_FAMILY, DirectoryRule, NameRule, Names, Parameters
 from parckpt.engine.group import Group
 from parckpt.engine.lineage import Cause
 from parckpt.engine.local import LocalState, as_state
@@ -59,16 +60,23 @@ class ModelCheckpoint:
 
     Parameters
     ----------
-    prefix : str
-        Begin of the names.
-    directory : str or path-like, optional
-        Where checkpoints go; made if it is missing. Default: the working directory.
+    prefix : str or callable
+        Begin of the names, ``<prefix>-<epoch>_<step in epoch>``. A callable is called at each save with the parameters
+        of the step (`Parameters`, or what the training loop has) and returns the whole name without extension, the
+        same on all ranks. A name that it returns again replaces what this run saved under it before.
+    directory : str, path-like or callable, optional
+        Where checkpoints go; made if it is missing. Default: the working directory. A callable is called like that of
+        ``prefix``, and once at the start, at step 0: `restore` looks into what it returns then, and into all that the
+        run went on to from there.
     config : CheckpointConfig, optional
         Default: ``CheckpointConfig()``.
     comm : mpi4py communicator, parckpt.SELF or Communicator, optional
         Default: ``COMM_WORLD`` when started by a launcher, else this process alone. Duplicated; the caller's is free.
     steps_per_epoch : int, optional
         Turns the global step into epoch and step within it. Default: all is epoch 1.
+    family : str, optional
+        With a callable prefix: the name of the lock, and of what `restore` finds and retention counts. Default:
+        ``"CKP"``. (A prefix that is a str is its own.)
     clock : Clock, optional
         Asked for everything that depends on time.
     filesystem : FileSystem, optional
@@ -84,12 +92,13 @@ class ModelCheckpoint:
 
     def __init__(
         self,
-        prefix: str = "CKP",
-        directory: str | os.PathLike[str] | None = None,
+        prefix: NameRule = "CKP",
+        directory: DirectoryRule = None,
         config: CheckpointConfig | None = None,
         *,
         comm: Any = None,
         steps_per_epoch: int | None = None,
+        family: str | None = None,
         clock: Clock | None = None,
         filesystem: FileSystem | None = None,
     ) -> None:
@@ -101,6 +110,7 @@ class ModelCheckpoint:
         self._history = History(0, self._clock.monotonic())
         self._state: State | None = None
         self._metrics: dict[str, float] = {}  # of the present step
+        self._parameters: Any = None  # of the last run context, where the loop hands in such
         self._spoiled: list[str] = []
         self._failed_in_a_row = 0
         self._updating: int | None = None
@@ -110,15 +120,16 @@ class ModelCheckpoint:
         #: Whether a save was due at the last step, and why; where no save was made, as this rank's clock has it.
         self.last_decision: Decision | None = None
         try:
-            self.directory = self._agree_on_arguments(prefix, directory, config, steps_per_epoch)
+            names, home = self._agree_on_arguments(prefix, directory, family, config, steps_per_epoch)
             self._run = Run(
                 self._group,
                 filesystem if filesystem is not None else PosixFileSystem(),
                 self._clock,
                 self.config,
-                family=prefix,
-                directory=self.directory,
+                names=names,
+                directory=home,
                 steps_per_epoch=steps_per_epoch,
+                destination=lambda step: names.at(self._parameters_at(step)),
             )
         except BaseException:
             self._group.comm.free()
@@ -127,27 +138,32 @@ class ModelCheckpoint:
 
     def _agree_on_arguments(
         self,
-        prefix: str,
-        directory: str | os.PathLike[str] | None,
+        prefix: NameRule,
+        directory: DirectoryRule,
+        family: str | None,
         config: CheckpointConfig | None,
         steps_per_epoch: int | None,
-    ) -> str:
-        """Check the arguments on every rank and over all ranks; return the absolute directory. Collective."""
+    ) -> tuple[Names, str]:
+        """Check the arguments on every rank and over all ranks; return also the first directory. Collective."""
         error: Exception | None = None
-        path = ""
+        names, path = Names(DEFAULT_FAMILY, "", DEFAULT_FAMILY), ""
         try:
             _check_config(config)
-            naming.check_prefix(prefix)
-            path = _checked_directory(directory)
-            naming.epoch_and_step(1, steps_per_epoch)
-        except Exception as problem:  # the other ranks wait for the comparison
+            names = Names.of(prefix, directory, family)
+            path = names.home(Parameters.at(0, steps_per_epoch))
+        except Exception as problem:  # user code and checks; the other ranks wait for the comparison
             error = problem
         self._group.agree(error)
-        given = {"prefix": prefix, "directory": path, "steps_per_epoch": steps_per_epoch, **self.config.describe()}
+        given = {**names.describe(), "directory": path, "steps_per_epoch": steps_per_epoch, **self.config.describe()}
         compare_arguments(self._group, given)
-        return path
+        return names, path
 
     # -- what users call ------------------------------------------------------------------------------------------
+
+    @property
+    def directory(self) -> str:
+        """Where the last save went; before the first, where the run starts. Absolute."""
+        return self._run.directory
 
     @property
     def should_exit(self) -> bool:
@@ -552,6 +568,12 @@ class ModelCheckpoint:
             return History(self._step, now)
         return History(min(facts.counted_step, self._step), now, ephemeral_step=self._step)
 
+    def _parameters_at(self, step: int) -> Any:
+        """What callable names get: the training loop's own parameters, if it has any."""
+        if self._parameters is not None:
+            return self._parameters
+        return Parameters.at(step, self._run.steps_per_epoch)
+
     def _state_or_none(self) -> State | None:
         if self._state is not None:
             return self._state
@@ -579,14 +601,3 @@ def _check_config(config: CheckpointConfig | None) -> None:
         exception_save=config.exception_save,
         format=config.format,
     )
-
-
-def _checked_directory(directory: str | os.PathLike[str] | None) -> str:
-    if directory is None:
-        return os.getcwd()
-    path = os.fspath(directory)
-    if not isinstance(path, str):
-        raise ConfigTypeError(f"directory must be a str, not {type(directory).__name__}")
-    if not path.strip():
-        raise ConfigError("directory must not be blank")
-    return os.path.abspath(path)

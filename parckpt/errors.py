@@ -15,14 +15,17 @@ __all__ = [
     "CheckpointNotFoundError",
     "ChecksumError",
     "ConfigError",
+    "ConfigKeyError",
     "ConfigTypeError",
     "ConfigWarning",
+    "DirectoryNotFoundError",
     "FormatError",
     "IntegrityError",
     "InternalError",
     "LayoutError",
     "LockedError",
     "NoSpaceError",
+    "NotAFileError",
     "ParckptError",
     "ParckptWarning",
     "RankError",
@@ -91,6 +94,18 @@ class ConfigTypeError(ConfigError, TypeError):
     code = "config-type"
 
 
+class NotAFileError(ConfigError, IsADirectoryError):
+    """A file's name was asked for, and a directory has it."""
+
+    code = "not-a-file"
+
+
+class ConfigKeyError(ConfigError, KeyError):
+    """As `ConfigError`, for a name that something given does not know."""
+
+    code = "config-key"
+
+
 class LayoutError(ParckptError, ValueError):
     """Shards overlap, leave gaps or disagree between ranks: fix the partitioning."""
 
@@ -103,8 +118,8 @@ class StepMismatchError(ParckptError, ValueError):
     code = "step-mismatch"
 
 
-class StateMismatchError(ParckptError, ValueError):
-    """Checkpoint and target differ.
+class StateMismatchError(ParckptError, ValueError, RuntimeError):
+    """Checkpoint and target differ. (A RuntimeError, too, because that is what MindSpore raises.)
 
     Attributes
     ----------
@@ -130,8 +145,8 @@ class StateMismatchError(ParckptError, ValueError):
         )
 
 
-class CheckpointNotFoundError(ParckptError, FileNotFoundError):
-    """No checkpoint where one was expected."""
+class CheckpointNotFoundError(ParckptError, FileNotFoundError, ValueError):
+    """No checkpoint where one was expected. (A ValueError, too, because that is what MindSpore raises.)"""
 
     code = "not-found"
 
@@ -160,8 +175,8 @@ class UnsupportedVersionError(FormatError):
     code = "version"
 
 
-class IntegrityError(ParckptError):
-    """Our bytes, damaged: try an older checkpoint."""
+class IntegrityError(ParckptError, ValueError):
+    """Our bytes, damaged: try an older checkpoint. (A ValueError, too, because that is what MindSpore raises.)"""
 
     code = "integrity"
 
@@ -186,6 +201,12 @@ class StorageError(ParckptError, OSError):
     def __init__(self, message: str, *, errno: int | None = None, **facts: Any) -> None:
         super().__init__(message, errno=errno, **facts)
         self.errno = errno
+
+
+class DirectoryNotFoundError(StorageError, FileNotFoundError):
+    """The directory to write into is not there."""
+
+    code = "no-directory"
 
 
 class SyncError(StorageError):

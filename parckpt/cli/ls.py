@@ -9,10 +9,11 @@ from parckpt.cli.failure import guarded
 from parckpt.cli.options import DebugOption, DirectoryArgument, JsonOption, PrefixOption
 from parckpt.cli.output import emit, line, moment, size, table
 from parckpt.engine.catalog import Found, scan
+from parckpt.engine.pins import is_pinned
 from parckpt.engine.survey import Foreign, foreign_entries, owns, quick_problem
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem
 
-__all__ = ["checkpoint_row", "ls"]
+__all__ = ["checkpoint_row", "ls", "state_text"]
 
 _COLUMNS = ("name", "step", "epoch", "when", "size", "ranks", "format", "reason", "state")
 
@@ -28,7 +29,7 @@ def ls(
 
     Newest is what a restore would try first; several prefixes come one after the other. State: "ok" (manifest and
     sizes are right; only verify reads the data), "damaged: why", "set aside: why" (a restore found damage and marked
-    it), "no manifest" (not published by parckpt).
+    it), "no manifest" (not published by parckpt); "pinned" if retention leaves it alone.
 
     Reads kilobytes, takes no lock, changes nothing: safe beside a running job.
     """
@@ -73,6 +74,7 @@ def checkpoint_row(fs: FileSystem, found: Found) -> dict[str, Any]:
         "path": found.path,
         "state": state,
         "problem": problem or found.set_aside,
+        "pinned": is_pinned(fs, os.path.dirname(found.path), found),
         "step": facts.step if facts else None,
         "epoch": facts.epoch if facts else None,
         "step_in_epoch": facts.step_in_epoch if facts else None,
@@ -108,10 +110,15 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     numbers = [str(row[key]) if row[key] is not None else "-" for key in ("step", "epoch", "ranks")]
     kind, reason = row["kind"] or "-", row["reason"] or "-"
     why = reason if kind in ("regular", "-") else f"{kind}, {reason}" + ("" if row["consistent"] else ", inconsistent")
-    state = f"{row['state']}: {row['problem']}" if row["problem"] else row["state"]
     nbytes = size(row["nbytes"]) if row["nbytes"] is not None else "-"
     when = moment(row["created"])
-    return (row["name"], numbers[0], numbers[1], when, nbytes, numbers[2], row["format"] or "-", why, state)
+    return (row["name"], numbers[0], numbers[1], when, nbytes, numbers[2], row["format"] or "-", why, state_text(row))
+
+
+def state_text(row: dict[str, Any]) -> str:
+    """State of a checkpoint in words."""
+    why = f": {row['problem']}" if row["problem"] else ""
+    return f"{row['state']}{', pinned' * row['pinned']}{why}"
 
 
 def _foreign_cells(entry: Foreign) -> tuple[str, ...]:

@@ -66,7 +66,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Seque
 
 
 def _cell(text: str) -> Text:
-    return Text(plain(text), style=_COLORS.get(text.partition(":")[0], ""))
+    return Text(plain(text), style=_COLORS.get(text.partition(":")[0].removesuffix(", pinned"), ""))
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from parckpt.cli.failure import guarded
-from parckpt.cli.ls import checkpoint_row
+from parckpt.cli.ls import checkpoint_row, state_text
 from parckpt.cli.options import DebugOption, JsonOption
 from parckpt.cli.output import count, emit, facts, line, moment, size, table
 from parckpt.core import appended, naming
@@ -105,12 +105,11 @@ def _tensors(contents: Contents) -> list[dict[str, Any]]:
 
 
 def _print_published(content: dict[str, Any]) -> None:
-    state = f"{content['state']}: {content['problem']}" if content["problem"] else content["state"]
     layout = "one file with every tensor" if content["integrated"] else count(len(content["files"]), "rank file")
     facts(
         [
             ("path", content["path"]),
-            ("state", state),
+            ("state", state_text(content)),
             ("step", f"{content['step']} (epoch {content['epoch']}, step {content['step_in_epoch']} of it)"),
             ("saved", f"{moment(content['created'])}, {content['kind']}, {content['reason'] or 'no reason noted'}"),
             ("consistent", "yes" if content["consistent"] else "no: ranks may be at different steps"),

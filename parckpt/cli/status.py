@@ -90,6 +90,7 @@ def _prefix_row(
         "unusable": len(rows) - len(usable),
         "nbytes": sum(row["nbytes"] or 0 for row in rows),
         "newest": usable[0] if usable else None,
+        "pinned": [row["name"] for row in rows if row["pinned"]],
         "lock": holder_row(holder) if holder is not None else None,
         "run_file": {"state": "unreadable"} if run is None else dict(run) or None,
     }
@@ -169,6 +170,8 @@ def _print_prefix(row: dict[str, Any]) -> None:
         )
     else:
         line("  newest  none that could be restored")
+    if row["pinned"]:
+        line(f"  pinned  {', '.join(row['pinned'])}")
     _print_lock(row["lock"])
     run = row["run_file"]
     if run is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from parckpt.core import dtypes
 from parckpt.core.leaves import Leaf, plain_array
 from parckpt.errors import ConfigError, ConfigTypeError
 
-__all__ = ["append_dict", "boolean", "choice", "count", "encryption", "mode", "network", "seconds", "text", "unknown"]
+__all__ = ["append_dict", "appended", "boolean", "choice", "count", "decryption", "encryption", "mode", "network"]
+__all__ += ["prefixes", "seconds", "text", "unknown"]
 
 # Length in bytes of the keys each mode takes.
 _KEY_NBYTES = {"AES-GCM": (16, 24, 32), "AES-CBC": (16, 24, 32), "SM4-CBC": (16,)}
@@ -105,10 +106,43 @@ def encryption(enc_key: Any, enc_mode: Any) -> tuple[bytes | None, str]:
     if enc_key is not None and not isinstance(enc_key, bytes):
         raise ConfigTypeError(f"enc_key must be None or bytes, not {_kind(enc_key)}", parameter="enc_key")
     enc_mode = choice("enc_mode", enc_mode, _KEY_NBYTES)
-    if enc_key is not None and len(enc_key) not in _KEY_NBYTES[enc_mode]:
-        allowed = " or ".join(str(nbytes) for nbytes in _KEY_NBYTES[enc_mode])
-        raise ConfigError(f"enc_key must have {allowed} bytes for {enc_mode}, not {len(enc_key)}", parameter="enc_key")
+    if enc_key is not None:
+        _check_key("enc_key", enc_key, enc_mode)
     return enc_key, enc_mode
+
+
+def decryption(dec_key: Any, dec_mode: Any) -> tuple[bytes | None, str]:
+    """A key to read with and its mode; without a key any text passes for a mode, as in MindSpore."""
+    if dec_key is not None and not isinstance(dec_key, bytes):
+        raise ConfigTypeError(f"dec_key must be None or bytes, not {_kind(dec_key)}", parameter="dec_key")
+    text("dec_mode", dec_mode)
+    if dec_key is not None:
+        choice("dec_mode", dec_mode, _KEY_NBYTES)
+        _check_key("dec_key", dec_key, dec_mode)
+    return dec_key, dec_mode
+
+
+def _check_key(name: str, key: bytes, word: str) -> None:
+    if len(key) not in _KEY_NBYTES[word]:
+        allowed = " or ".join(str(nbytes) for nbytes in _KEY_NBYTES[word])
+        raise ConfigError(f"{name} must have {allowed} bytes for {word}, not {len(key)}", parameter=name)
+
+
+def prefixes(name: str, given: Any) -> tuple[str, ...]:
+    """Beginnings of names: a str, or a list or tuple of them, none empty; None gives no tuple elements."""
+    if given is None:
+        return ()
+    if not isinstance(given, (str, list, tuple)):
+        raise ConfigTypeError(f"{name} must be a str or a list of str, not {_kind(given)}", parameter=name)
+    found = (given,) if isinstance(given, str) else tuple(given)
+    if not found:
+        raise ConfigError(f"{name} must not be empty: None takes every name", parameter=name)
+    for position, prefix in enumerate(found):
+        if not isinstance(prefix, str):
+            raise ConfigTypeError(f"{name}[{position}] must be a str, not {_kind(prefix)}", parameter=name)
+        if not prefix:
+            raise ConfigError(f"{name} must not be empty: every name begins with ''", parameter=name)
+    return found
 
 
 def append_dict(append_info: Any) -> dict[str, Any] | None:
@@ -116,10 +150,11 @@ def append_dict(append_info: Any) -> dict[str, Any] | None:
 
     The counters named as words come first, with 0; then what the dict says, which may also override the counters.
     """
+    where = "append_info"
     if append_info is None:
         return None
     if type(append_info) is not list:
-        _refuse_append(f"must be None or a list, not {_kind(append_info)}")
+        _refuse(where, f"must be None or a list, not {_kind(append_info)}")
     found: dict[str, Any] = {}
     given: dict[str, Any] | None = None
     for element in append_info:
@@ -128,42 +163,52 @@ def append_dict(append_info: Any) -> dict[str, Any] | None:
                 raise ConfigError(
                     f"append_info takes the words {_COUNTERS[0]!r} and {_COUNTERS[1]!r}, not {element!r}"
                     f"{_meant(element, _COUNTERS)}; other values go into a dict",
-                    parameter="append_info",
+                    parameter=where,
                 )
         elif not isinstance(element, dict):
-            _refuse_append(f"holds str and dict, not {_kind(element)}")
+            _refuse(where, f"holds str and dict, not {_kind(element)}")
         elif given is not None:
-            _refuse_append("must hold at most one dict")
+            _refuse(where, "must hold at most one dict")
         else:
             given = element
     found.update((word, 0) for word in _COUNTERS if word in append_info)
     for key, value in (given or {}).items():
-        _check_append(key, value)
+        _check_append(where, key, value)
         found[key] = value
     return found if append_info else None
 
 
-def _check_append(key: Any, value: Any) -> None:
+def appended(given: Any) -> dict[str, Any]:
+    """The `append_dict` argument of `save_checkpoint`: values to store beside the state."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        _refuse("append_dict", f"must be None or a dict, not {_kind(given)}")
+    for key, value in given.items():
+        _check_append("append_dict", key, value)
+    return dict(given)
+
+
+def _check_append(where: str, key: Any, value: Any) -> None:
     if not isinstance(key, str):
-        _refuse_append(f"keys must be str, not {_kind(key)}")
+        _refuse(where, f"keys must be str, not {_kind(key)}")
     if key in _COUNTERS and type(value) not in (bool, int, float):
         raise ConfigError(
-            f"append_info[{key!r}] must be a number, because the current one is added to it, not {value!r}",
-            parameter="append_info",
+            f"{where}[{key!r}] must be a number, because the current one is added to it, not {value!r}", parameter=where
         )
     if plain_array(value):
         dtypes.from_numpy(value.dtype)
         return
     # numpy's float64 is a float, and stored as one of 64 bits; its other scalars MindSpore does not take.
     if not isinstance(value, (bool, int, float, str, Leaf)) or isinstance(value, np.ndarray):
-        _refuse_append(f"[{key!r}] must be int, float, bool, str, a numpy array or a parckpt.Leaf, not {_kind(value)}")
+        _refuse(where, f"[{key!r}] must be int, float, bool, str, a numpy array or a parckpt.Leaf, not {_kind(value)}")
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
-        raise ConfigError(f"append_info[{key!r}] does not fit 64 bits: {value}", parameter="append_info")
+        raise ConfigError(f"{where}[{key!r}] does not fit 64 bits: {value}", parameter=where)
 
 
-def _refuse_append(complaint: str) -> None:
+def _refuse(where: str, complaint: str) -> NoReturn:
     space = "" if complaint.startswith("[") else " "
-    raise ConfigTypeError(f"append_info{space}{complaint}", parameter="append_info")
+    raise ConfigTypeError(f"{where}{space}{complaint}", parameter=where)
 
 
 def unknown(function: str, names: Iterable[str], known: Iterable[str]) -> None:

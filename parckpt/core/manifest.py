@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from parckpt.core import naming
 from parckpt.core.contents import (
     BoxColumns,
     Contents,
@@ -119,6 +120,17 @@ class Facts:
     def metric_values(self) -> dict[str, float]:
         """Metrics by name, decoded."""
         return {name: decode_value(value) for name, value in self.metrics.items()}
+
+    @property
+    def has_chosen_name(self) -> bool:
+        """Whether the program chose the name, instead of prefix, epoch and step."""
+        made = naming.Stem(self.prefix, self.epoch, self.step_in_epoch, self.kind == "breakpoint")
+        return self.stem != str(made)
+
+    def may_replace(self, other: Facts) -> bool:
+        """Whether this checkpoint may take the name of another: of the same step of the same run, or of any step of
+        it where the program wants that name again and again."""
+        return self.run_id == other.run_id and (self.step == other.step or self.has_chosen_name)
 
     def to_json(self) -> dict[str, Any]:
         """Facts by name, JSON-able, the unknown ones last."""

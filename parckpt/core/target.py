@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from parckpt.core import netrules
 from parckpt.core.contents import Contents
+from parckpt.core.dtypes import DType
 from parckpt.core.flat import FlatState, LocalPiece, TensorLeaf, ValueLeaf
 from parckpt.core.layout import Box, whole
 from parckpt.core.tensors import TensorRow
@@ -30,18 +32,25 @@ class Selection:
         From the name in the checkpoint to the name in the state.
     strict : bool
         Missing and unexpected names are errors.
-    cast : bool
-        Other dtypes are converted.
+    cast : bool or callable
+        Other dtypes are converted: all, or those for which ``cast(stored, wanted)`` is true.
     choose : callable, optional
         Only names (of the state) for which this is true.
+    pair : callable, optional
+        ``pair(names of the state, names in the checkpoint)`` gives the name in the checkpoint for names of the state; a
+        name may be given to several. In place of `name_map`.
+    trailing_ones : bool
+        Shapes that only have more trailing ones in the checkpoint fit.
     """
 
     only: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
     name_map: NameMap | None = None
     strict: bool = True
-    cast: bool = False
+    cast: bool | Callable[[DType, DType], bool] = False
     choose: Callable[[str], bool] | None = None
+    pair: netrules.Pairing | None = None
+    trailing_ones: bool = False
 
     def __post_init__(self) -> None:
         for name, given in (("only", self.only), ("exclude", self.exclude)):
@@ -55,6 +64,14 @@ class Selection:
         chosen = self.only is None or _any(name, self.only)
         excluded = self.exclude is not None and _any(name, self.exclude)
         return chosen and not excluded and (self.choose is None or bool(self.choose(name)))
+
+    def converts(self, stored: DType, wanted: DType) -> bool:
+        """Whether a stored type may be turned into a wanted one."""
+        return self.cast(stored, wanted) if callable(self.cast) else self.cast
+
+    def fits(self, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+        """Whether a stored shape will do."""
+        return stored == wanted or (self.trailing_ones and netrules.fits(stored, wanted))
 
     def mapped(self, name: str) -> str:
         """The state's name for a name of the checkpoint."""
@@ -163,6 +180,8 @@ def match(
         Encoded plain values of the checkpoint.
     """
     matcher = _Matcher(contents, values, per_rank_values, saved_world_size, rank, world_size, selection)
+    if selection.pair is not None:
+        matcher.pair(selection.pair, flat)
     for leaf in flat.tensors:
         if selection.takes(leaf.name):
             matcher.tensor(leaf)
@@ -204,6 +223,15 @@ class _Matcher:
             if first != name:
                 raise ConfigError(f"name_map gives {first!r} and {name!r} of the checkpoint one name")
 
+    def pair(self, rule: netrules.Pairing, flat: FlatState) -> None:
+        """Look names up by a rule instead: tensors among tensors, plain values among plain values."""
+        pairs = rule([leaf.name for leaf in flat.tensors], list(self.contents.index))
+        self.stored = {name: (stored, self.contents.index[stored]) for name, stored in pairs.items()}
+        shared, own = self.shared_values, self.own_values
+        pairs = rule([leaf.name for leaf in flat.values], [*shared, *own])
+        self.shared_values = {name: shared[stored] for name, stored in pairs.items() if stored in shared}
+        self.own_values = {name: own[stored] for name, stored in pairs.items() if stored in own}
+
     def tensor(self, leaf: TensorLeaf) -> None:
         name, rows = self.stored.get(leaf.name, ("", []))
         tensors = self.contents.tensors
@@ -232,7 +260,9 @@ class _Matcher:
         if self.fits(leaf, self.contents.tensors[row], leaf.global_shape):
             for piece in leaf.pieces:
                 if self.inside(leaf, piece):
-                    self.slots.append(Slot(leaf, piece, row, Box(piece.offsets, piece.shape)))
+                    ones = len(self.contents.tensors[row].global_shape) - len(piece.shape)
+                    box = Box((*piece.offsets, *(0,) * ones), (*piece.shape, *(1,) * ones))
+                    self.slots.append(Slot(leaf, piece, row, box))
 
     def own(self, leaf: TensorLeaf, name: str, by_rank: dict[int, int]) -> None:
         if self.same_size:
@@ -240,19 +270,18 @@ class _Matcher:
             if row is None:
                 self.missing.append(f"{leaf.name} of rank {self.rank}")
             elif self.fits(leaf, self.contents.tensors[row], leaf.pieces[0].shape):
-                self.slots.append(Slot(leaf, leaf.pieces[0], row, whole(leaf.pieces[0].shape)))
+                self.slots.append(Slot(leaf, leaf.pieces[0], row, whole(self.contents.tensors[row].global_shape)))
         elif callable(leaf.on_resize):
             self.resizes.append(Resize(leaf, name, tuple(by_rank[r] for r in sorted(by_rank))))
         elif leaf.on_resize == "error":
             self.mismatched.append(f"{leaf.name} belongs to single ranks ({self.sizes}); give PerRank an on_resize")
 
     def fits(self, leaf: TensorLeaf, stored: TensorRow, shape: tuple[int, ...]) -> bool:
-        if stored.global_shape != shape:
+        if not self.selection.fits(stored.global_shape, shape):
             self.mismatched.append(f"{leaf.name} has shape {shape}, the checkpoint's {stored.global_shape}")
-        elif stored.dtype != leaf.dtype and not self.selection.cast:
-            self.mismatched.append(
-                f"{leaf.name} is {leaf.dtype.name}, the checkpoint's {stored.dtype.name} (cast=True converts)"
-            )
+        elif stored.dtype != leaf.dtype and not self.selection.converts(stored.dtype, leaf.dtype):
+            hint = "" if callable(self.selection.cast) else " (cast=True converts)"
+            self.mismatched.append(f"{leaf.name} is {leaf.dtype.name}, the checkpoint's {stored.dtype.name}{hint}")
         else:
             return True
         return False

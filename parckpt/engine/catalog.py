@@ -33,6 +33,7 @@ __all__ = [
     "find_at",
     "load_manifest",
     "manifest_stem",
+    "newest_first",
     "read_facts",
     "scan",
     "step_directories",
@@ -99,6 +100,11 @@ def scan(fs: FileSystem, directory: str, family: str | None = None, *, any_name:
     names = fs.listdir(directory)
     found = [*_directories(fs, directory, names), *_single_files(fs, directory, names)]
     found = [_with_mark(fs, directory, one, names) for one in found if _belongs(one, family, any_name)]
+    return newest_first(found)
+
+
+def newest_first(found: Iterable[Found]) -> list[Found]:
+    """Order checkpoints by their place in the lineage; those with unreadable manifests come last."""
     return sorted(found, key=_age, reverse=True)
 
 

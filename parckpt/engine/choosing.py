@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from parckpt.core import naming
@@ -17,7 +17,7 @@ from parckpt.core.manifest import Facts, Manifest
 from parckpt.core.strategy import Strategy
 from parckpt.core.target import Selection
 from parckpt.engine import foreign
-from parckpt.engine.catalog import Found, find_at, load_manifest, scan
+from parckpt.engine.catalog import Found, find_at, load_manifest, newest_first, scan
 from parckpt.errors import (
     CheckpointGoneError,
     CheckpointNotFoundError,
@@ -83,8 +83,12 @@ class Chooser:
 
     Parameters
     ----------
+    directories : callable
+        Those to look into, the first one first.
     family : str
         The prefix as the user gave it.
+    any_name : bool
+        As `scan`.
     nothing_found : callable
         Called when there is no checkpoint: returns if a fresh start is right, raises if not.
     may_mark : bool
@@ -99,15 +103,17 @@ class Chooser:
     def __init__(
         self,
         fs: FileSystem,
-        directory: str,
+        directories: Callable[[], Sequence[str]],
         family: str,
         request: Request,
         *,
+        any_name: bool = False,
         nothing_found: Callable[[], None],
         may_mark: bool,
     ) -> None:
-        self.fs, self.directory, self.family, self.request = fs, directory, family, request
-        self._nothing_found, self._may_mark = nothing_found, may_mark
+        self.fs, self.family, self.request = fs, family, request
+        self.directories = tuple(directories())
+        self._any_name, self._nothing_found, self._may_mark = any_name, nothing_found, may_mark
         self.skipped: list[tuple[str, str]] = []
         self._candidates: list[Found] | None = None
 
@@ -160,12 +166,14 @@ class Chooser:
 
     def _listed(self) -> list[Found]:
         """What of the directory can be tried, newest first."""
-        everything = scan(self.fs, self.directory, self.family)
+        everything = newest_first(
+            [one for path in self.directories for one in scan(self.fs, path, self.family, any_name=self._any_name)]
+        )
         usable = [found for found in everything if self._is_usable(found)]
         if self.request.step is not None and not usable:
             steps = sorted({found.facts.step for found in everything if found.facts is not None})
             raise CheckpointNotFoundError(
-                f"no usable checkpoint of step {self.request.step} of {self.family!r} in {self.directory}; "
+                f"no usable checkpoint of step {self.request.step} of {self.family!r} in {self._place}; "
                 f"there are steps {steps}{self._reasons()}",
                 step=self.request.step,
                 steps=steps,
@@ -175,7 +183,7 @@ class Chooser:
         if not everything:
             if self.request.min_step is not None:
                 raise CheckpointNotFoundError(
-                    f"no checkpoint at or after step {self.request.min_step} in {self.directory}",
+                    f"no checkpoint at or after step {self.request.min_step} in {self._place}",
                     min_step=self.request.min_step,
                 )
             self._nothing_found()
@@ -219,21 +227,31 @@ class Chooser:
 
     def _nothing_usable(self) -> ParckptError:
         return IntegrityError(
-            f"none of the checkpoints of {self.family!r} in {self.directory} can be loaded{self._reasons()}",
+            f"none of the checkpoints of {self.family!r} in {self._place} can be loaded{self._reasons()}",
             skipped=[list(item) for item in self.skipped],
         )
 
     def _reasons(self) -> str:
         return "".join(f"\n  {path}: {why}" for path, why in self.skipped)
 
+    def is_here(self, path: str) -> bool:
+        """Whether a checkpoint is in one of the directories."""
+        return os.path.dirname(path) in self.directories
+
+    @property
+    def _place(self) -> str:
+        more = len(self.directories) - 1
+        return self.directories[0] + (f" and {more} more director{'ies' if more > 1 else 'y'}" if more else "")
+
     def _set_aside(self, path: str, facts: Facts, reason: str) -> None:
-        mark = os.path.join(self.directory, naming.bad_name(facts.stem, facts.token))
+        directory = os.path.dirname(path)
+        mark = os.path.join(directory, naming.bad_name(facts.stem, facts.token))
         try:
             if try_stat(self.fs, mark) is None:
                 # Whoever may read the checkpoint must be able to read that it is bad.
                 mode = self.fs.stat(path).mode & 0o666
                 write_file(self.fs, mark, reason.encode("utf-8", "replace"), mode)
-                self.fs.sync_directory(self.directory)
+                self.fs.sync_directory(directory)
         except StorageError as error:
             log.warning("%s could not be marked as damaged: %s", facts.stem, error)
 

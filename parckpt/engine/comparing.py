@@ -22,7 +22,7 @@ from parckpt.engine.source import BoxReading, Source
 
 __all__ = ["Comparison", "TensorDifference", "ValueDifference", "comparable_nbytes", "compare"]
 
-_BATCH_NBYTES = 64 << 20  # of each side
+_BATCH_NBYTES = 32 << 20  # of each side
 _SLAB_NBYTES = 4 << 20
 
 Kind = Literal["only in A", "only in B", "type", "values"]
@@ -251,19 +251,22 @@ class _Comparing:
         """Compare; yields what differs, in the order of the pairs."""
         left, right = BoxReading(self._a), BoxReading(self._b)
         for batch in self._batches(pairs):
-            with (
-                left.start([(pair.a, box) for pair, box in batch]) as first,
-                right.start([(pair.b, box) for pair, box in batch]) as second,
-            ):
-                arrays = zip(batch, first.arrays(), second.arrays(), strict=True)
-                for (pair, box), one, other in arrays:
-                    self._deltas.setdefault(pair.name, Delta()).add(one, other, box)
-                    self._on_done(one.nbytes)
+            self._compare(left, right, batch)
         self._found.nbytes_read += left.nbytes + right.nbytes
         for pair in pairs:
             delta = self._deltas.get(pair.name)
             if delta is not None and delta.differing:
                 yield TensorDifference(pair.name, "values", pair.row, pair.row, delta)
+
+    def _compare(self, left: BoxReading, right: BoxReading, batch: list[tuple[_Pair, Box]]) -> None:
+        # A function of its own, so that the arrays are gone before the next batch begins.
+        with (
+            left.start([(pair.a, box) for pair, box in batch]) as first,
+            right.start([(pair.b, box) for pair, box in batch]) as second,
+        ):
+            for (pair, box), one, other in zip(batch, first.arrays(), second.arrays(), strict=True):
+                self._deltas.setdefault(pair.name, Delta()).add(one, other, box)
+                self._on_done(one.nbytes)
 
     def _batches(self, pairs: list[_Pair]) -> Iterator[list[tuple[_Pair, Box]]]:
         batch: list[tuple[_Pair, Box]] = []

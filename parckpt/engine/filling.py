@@ -148,12 +148,14 @@ def _target(filling: Filling, contents: Contents, slot: Slot, atomic: bool) -> A
     converts = stored != slot.leaf.dtype
     if source is not None:
         filling.names.add(slot.leaf.name)
+    # A stored shape may have more trailing ones than the state's; the state's stays.
+    ones = (..., *[np.newaxis] * (len(slot.box.shape) - len(slot.piece.shape)))
     if isinstance(source, np.ndarray) and not converts and not atomic:
         filling._direct.setdefault(contents.tensors[slot.tensor].name, set()).add(slot.leaf.name)
-        filling.want(slot.tensor, slot.box, source, stored.numpy)
+        filling.want(slot.tensor, slot.box, source[ones], stored.numpy)
         return source
     array: Array = np.empty(slot.piece.shape, stored.numpy)
-    filling.want(slot.tensor, slot.box, array, stored.numpy)
+    filling.want(slot.tensor, slot.box, array[ones], stored.numpy)
     if isinstance(source, np.ndarray):
         filling._afterwards.append(lambda: _assign(source, array))
         return source

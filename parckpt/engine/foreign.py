@@ -143,8 +143,10 @@ def load_all(fs: FileSystem, path: str, format_name: str | None, keep: Callable[
         # Also what is left of a file whose writing never began.
         raise FormatError(f"{path} ({nbytes} bytes) holds no tensors", path=path, byte_offset=0, field="file")
     verify_crc(fs, path, index)
+    # Of safetensors the library that wrote it chose the order: MindSpore gives them by name.
+    entries = sorted(index.entries, key=lambda item: item.name) if index.format == "safetensors" else index.entries
     with InputFile(fs, path) as source:
-        return {item.name: _load(source, item) for item in index.entries if keep(item.name)}
+        return {item.name: _load(source, item) for item in entries if keep(item.name)}
 
 
 def _load(source: InputFile, item: IndexedEntry) -> Any:

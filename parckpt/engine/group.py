@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,8 @@ from parckpt.comm.base import Bytes, Communicator, Request
 from parckpt.comm.wait import Waiter
 
 __all__ = ["TAG_GATHER", "TAG_RECORD", "TAG_RESTORE", "Group"]
+
+T = TypeVar("T")
 
 # One tag per kind of message, so that a late message of one kind is never taken for another.
 TAG_RECORD = 11
@@ -90,6 +94,22 @@ class Group:
     def agree(self, error: Exception | None) -> None:
         """Return on all ranks if none has an error; else raise on all ranks the lowest failing rank's."""
         outcome.agree(self.comm, error, self.waiter)
+
+    def run(self, step: Callable[[], T]) -> T:
+        """Run a step without collectives on every rank; raise on all if it fails on any, unchanged if this is the only.
+
+        User code may run in it: whatever it raises, no rank is left waiting.
+        """
+        result: list[T] = []
+        error: Exception | None = None
+        try:
+            result.append(step())
+        except Exception as problem:  # the other ranks wait for the outcome
+            if self.size == 1:
+                raise
+            error = problem
+        self.agree(error)
+        return result[0]
 
     def isend(self, data: Bytes, dest: int, tag: int) -> Request:
         """Begin to send bytes of any length. Not collective."""

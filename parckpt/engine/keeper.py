@@ -14,23 +14,26 @@ from typing import Any
 
 from parckpt.core import naming
 from parckpt.core.clock import Clock
+from parckpt.core.manifest import Facts
 from parckpt.core.retention import Candidate, RetentionPolicy
 from parckpt.engine.belonging import Owner, is_alone
 from parckpt.engine.catalog import Found, find_at, scan
+from parckpt.engine.deleting import remove_taken, take_away
+from parckpt.engine.pins import is_pinned
 from parckpt.engine.staging import Modes
 from parckpt.engine.sweep import Swept, recover
 from parckpt.errors import CheckpointNotFoundError, LockedError, StorageError
-from parckpt.storage.atomic import read_file, remove_tree, replace_file
+from parckpt.storage.atomic import read_file, replace_file
 from parckpt.storage.filesystem import FileSystem, opened, try_stat
 from parckpt.storage.identity import Identity
 from parckpt.storage.lock import Lock
 
-__all__ = ["PIN", "Keeper", "candidate_of", "make_directory"]
+__all__ = ["Keeper", "candidate_of", "make_directory"]
 
 log = logging.getLogger("parckpt")
 
 _MAX_RUN_NBYTES = 1 << 16
-PIN = ".pin"
+_MAX_NOTED_NBYTES = 48 << 10  # of directories in the run file: some thousands, of which the oldest are forgotten
 
 
 @dataclass
@@ -131,13 +134,29 @@ class Keeper:
 
     def note_start(self, run_id: str) -> None:
         """Leave the trace by which a restarted job knows that this is the right directory."""
-        if self.run_file is None:
-            self._write_run_file({"run_id": run_id, "published": False, "step": 0})
+        if self.run_file is None or "run_id" not in self.run_file:
+            self._write_run_file({"run_id": run_id, "published": False, "step": 0, **(self.run_file or {})})
 
     def note_published(self, run_id: str, step: int) -> None:
         """Remember, durably and once per run, that something was published here."""
         if self.run_file is None or not self.run_file.get("published") or self.run_file.get("run_id") != run_id:
             self._write_run_file({"run_id": run_id, "published": True, "step": step})
+
+    def note_directory(self, path: str) -> None:
+        """Remember, durably, that the run goes on in another directory, relative to this one; as the last of all."""
+        noted = self.noted_directories()
+        if noted[-1:] != [path]:
+            noted = [*(one for one in noted if one != path), path]
+            while len(json.dumps(noted)) > _MAX_NOTED_NBYTES:
+                del noted[: 1 + len(noted) // 8]
+            self._write_run_file({"directories": noted})
+
+    def noted_directories(self) -> list[str]:
+        """What `note_directory` was told, the last one last."""
+        noted = (self.run_file or {}).get("directories")
+        if not isinstance(noted, list):
+            return []
+        return [path for path in noted if isinstance(path, str) and "\0" not in path and not os.path.isabs(path)]
 
     def _run_path(self) -> str:
         return os.path.join(self.directory, naming.run_name(self.family))
@@ -156,9 +175,10 @@ class Keeper:
         return content
 
     def _write_run_file(self, content: Mapping[str, Any]) -> None:
+        content = {**(self.run_file or {}), **content}
         data = json.dumps(content).encode("utf-8")
         replace_file(self.fs, self._run_path(), data, self.modes.file)
-        self.run_file = dict(content)
+        self.run_file = content
 
     # -- names and lineage ----------------------------------------------------------------------------------------
 
@@ -172,13 +192,12 @@ class Keeper:
         """Of everything published in this family; 0 if nothing is."""
         return max((f.facts.sequence for f in scan(self.fs, self.directory, self.family) if f.facts), default=0)
 
-    def taken(self, path: str, run_id: str, step: int) -> tuple[bool, bool]:
-        """Whether a name is taken, and whether by the same step of the same run."""
+    def taken(self, path: str, facts: Facts) -> tuple[bool, bool]:
+        """Whether a name is taken, and whether by what a save with these facts may replace."""
         if try_stat(self.fs, path) is None:
             return False, False
         found = find_at(self.fs, path)
-        facts = found.facts if found is not None else None
-        return True, facts is not None and (facts.run_id, facts.step) == (run_id, step)
+        return True, found is not None and found.facts is not None and facts.may_replace(found.facts)
 
     # -- retention ------------------------------------------------------------------------------------------------
 
@@ -200,21 +219,15 @@ class Keeper:
             log.warning("old checkpoints could not be deleted: %s", error)
 
     def _delete(self, found: Found) -> None:
-        """Rename to a trash name, durably, and remove in the background; of a file, data before manifest."""
-        assert found.facts is not None
-        trash = os.path.join(self.directory, naming.trash_name(found.stem, found.facts.token))
-        self.fs.rename(found.path, trash)
-        self.fs.sync_directory(self.directory)
+        """Take away, durably, and remove in the background."""
+        trash = take_away(self.fs, found)
         self._cleaning = [future for future in self._cleaning if not future.done()]
-        self._cleaning.append(
-            self._cleaner.submit(self._clean, trash, None if found.is_directory else found.manifest_path)
-        )
+        if trash is not None:
+            self._cleaning.append(self._cleaner.submit(self._clean, found, trash))
 
-    def _clean(self, trash: str, manifest: str | None) -> None:
+    def _clean(self, found: Found, trash: str) -> None:
         try:
-            remove_tree(self.fs, trash)
-            if manifest is not None:
-                self.fs.unlink(manifest)
+            remove_taken(self.fs, found, trash)
         except StorageError as error:
             log.warning("%s could not be removed, the next start will: %s", trash, error)
 
@@ -251,7 +264,7 @@ def candidate_of(fs: FileSystem, directory: str, found: Found) -> Candidate:
         is_breakpoint=facts.kind == "breakpoint",
         is_consistent=facts.consistent,
         is_set_aside=found.set_aside is not None or found.error is not None,
-        is_pinned=try_stat(fs, os.path.join(directory, f".{found.stem}{PIN}-{found.token}")) is not None,
+        is_pinned=is_pinned(fs, directory, found),
         is_ephemeral=facts.ephemeral,
         step=facts.step,
         metrics=facts.metric_values(),

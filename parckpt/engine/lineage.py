@@ -72,13 +72,21 @@ class Moment:
     wall_s: float
 
 
-def make_ticket(lineage: Lineage, moment: Moment, config: CheckpointConfig, world_size: int) -> Ticket:
-    """The ticket of the save that follows ``lineage``; its prefix is known. Not collective, equal on all ranks."""
+def make_ticket(
+    lineage: Lineage, moment: Moment, config: CheckpointConfig, world_size: int, name: str | None = None
+) -> Ticket:
+    """The ticket of the save that follows ``lineage``; its prefix is known. Not collective, equal on all ranks.
+
+    Parameters
+    ----------
+    name : str, optional
+        In place of prefix, epoch and step.
+    """
     assert lineage.prefix is not None
     epoch, inner = naming.epoch_and_step(moment.step, moment.steps_per_epoch)
     sequence = lineage.sequence + 1
     facts = Facts(
-        stem=str(naming.Stem(lineage.prefix, epoch, inner)),
+        stem=name if name is not None else str(naming.Stem(lineage.prefix, epoch, inner)),
         token=naming.token(bytes.fromhex(lineage.attempt), sequence, epoch, moment.step, "save"),
         attempt=lineage.attempt,
         run_id=lineage.run_id,

@@ -169,6 +169,8 @@ class ChunkReader:
         if wait:
             for thread in self._threads:
                 thread.join()
+            # This object is part of a reference cycle: the buffers must not wait for the garbage collector.
+            self._free, self._results = [], {}
 
     def _work(self) -> None:
         while (claimed := self._claim()) is not None:

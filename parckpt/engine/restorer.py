@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -81,10 +80,14 @@ class _Choice:
 
 
 class Restorer:
-    """Restores of one directory and family.
+    """Restores of one run's directories and family.
 
     Parameters
     ----------
+    directories : callable
+        Those to look into; asked on root only.
+    any_name : bool
+        As `scan`.
     nothing_found : callable
         Root, when there is no checkpoint: returns if a fresh start is right, raises if not.
     may_mark : bool
@@ -95,14 +98,15 @@ class Restorer:
         self,
         group: Group,
         fs: FileSystem,
-        directory: str,
+        directories: Callable[[], Sequence[str]],
         family: str,
         *,
+        any_name: bool = False,
         nothing_found: Callable[[], None],
         may_mark: bool,
     ) -> None:
-        self.group, self.fs, self.directory, self.family = group, fs, directory, family
-        self._nothing_found, self._may_mark = nothing_found, may_mark
+        self.group, self.fs, self.directories, self.family = group, fs, directories, family
+        self._any_name, self._nothing_found, self._may_mark = any_name, nothing_found, may_mark
         self._touched: set[str] = set()
 
     def restore(self, flat: FlatState | None, request: Request) -> Restored:
@@ -129,14 +133,7 @@ class Restorer:
             raise
 
     def _restore(self, flat: FlatState | None, request: Request) -> Restored:
-        chooser = Chooser(
-            self.fs,
-            self.directory,
-            self.family,
-            request,
-            nothing_found=self._nothing_found,
-            may_mark=self._may_mark,
-        )
+        chooser = self._agreed(lambda: self._chooser(request) if self.group.is_root else None)
         while True:
             choice = self._choose(chooser)
             if choice.manifest is None:
@@ -146,8 +143,19 @@ class Restorer:
             except (IntegrityError, CheckpointGoneError) as error:
                 if choice.header["final"]:
                     raise
-                if self.group.is_root:
+                if chooser is not None:
                     chooser.pass_over(choice.path, choice.manifest.facts, error)
+
+    def _chooser(self, request: Request) -> Chooser:
+        return Chooser(
+            self.fs,
+            self.directories,
+            self.family,
+            request,
+            any_name=self._any_name,
+            nothing_found=self._nothing_found,
+            may_mark=self._may_mark,
+        )
 
     def _agreed(self, step: Callable[[], Any]) -> Any:
         """Run something on this rank and raise on all ranks if it fails on any."""
@@ -161,9 +169,9 @@ class Restorer:
 
     # -- choosing -------------------------------------------------------------------------------------------------
 
-    def _choose(self, chooser: Chooser) -> _Choice:
-        """Root takes the next candidate; all ranks get its manifest."""
-        payload = self._agreed(lambda: _packed(chooser.next(), chooser) if self.group.is_root else None)
+    def _choose(self, chooser: Chooser | None) -> _Choice:
+        """Root, which has the chooser, takes the next candidate; all ranks get its manifest."""
+        payload = self._agreed(lambda: None if chooser is None else _packed(chooser.next(), chooser))
         data = self.group.bcast(payload)
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
@@ -230,7 +238,7 @@ class Restorer:
 
     def _is_ours(self, choice: _Choice, facts: Facts) -> bool:
         """Whether the run goes on as the restored one: not with a name and number of another directory's run."""
-        elsewhere = choice.header["foreign"] or os.path.dirname(choice.path) != self.directory
+        elsewhere = choice.header["foreign"] or not choice.header["here"]
         return not elsewhere and facts.family == self.family
 
     def _all_touched(self) -> list[str]:
@@ -313,6 +321,7 @@ def _packed(candidate: Candidate | None, chooser: Chooser) -> bytes:
         found = candidate.found
         header |= {
             "foreign": candidate.is_foreign,
+            "here": chooser.is_here(found.path),
             "path": found.path,
             "root": found.root,
             "manifest_path": found.manifest_path or None,

@@ -17,12 +17,15 @@ from parckpt.core.clock import Clock
 from parckpt.core.config import CheckpointConfig
 from parckpt.core.manifest import Facts
 from parckpt.core.round import Agreement
+from parckpt.engine.destination import Destination, Names
 from parckpt.engine.group import Group
 from parckpt.engine.keeper import Keeper, make_directory
 from parckpt.engine.lineage import Cause, Lineage, Moment, make_ticket
 from parckpt.engine.local import LocalState
+from parckpt.engine.places import Places
 from parckpt.engine.planning import Planned, check_replicas, make_plan, node_numbers
 from parckpt.engine.restorer import Restorer
+from parckpt.engine.rounds import compare_arguments
 from parckpt.engine.saver import Saved, Saver, Ticket
 from parckpt.engine.staging import Modes
 from parckpt.errors import ConfigError, ConfigWarning, StateWarning, StorageError
@@ -43,6 +46,8 @@ class Prepared:
     ----------
     local : LocalState or None
         The described state, if it was looked at.
+    destination : Destination or None
+        Where it goes, if that was asked.
     ticket : Ticket or None
         On root: a save that was begun on the guess that all agree.
     changed : bool
@@ -54,6 +59,7 @@ class Prepared:
     """
 
     local: LocalState | None = None
+    destination: Destination | None = None
     ticket: Ticket | None = None
     changed: bool = False
     error: Exception | None = None
@@ -76,23 +82,25 @@ class Run:
         clock: Clock,
         config: CheckpointConfig,
         *,
-        family: str,
+        names: Names,
         directory: str,
         steps_per_epoch: int | None,
+        destination: Callable[[int], Destination],
     ) -> None:
         self.group, self.fs, self.clock, self.config = group, fs, clock, config
         self.directory, self.steps_per_epoch = directory, steps_per_epoch
         self.planned: Planned | None = None
-        self._keeper: Keeper | None = None
+        self._names, self._destination = names, destination
+        self._places: Places | None = None
         self._warned: set[str] = set()
         self._saved_step: int | None = None
         # Root: the highest sequence number ever begun. A failed save's is not used again, so neither is its token: what
-        # it left behind can never be taken for part of a later one.
+        # it left behind can never be taken for part of a later one. With chosen names: the highest there is.
         self._begun = 0
         ids = group.bcast(secrets.token_bytes(32) if group.is_root else None)
-        self._lineage = Lineage(ids[:16].hex(), ids[16:].hex(), family)
+        self._lineage = Lineage(ids[:16].hex(), ids[16:].hex(), names.family, names.prefix_in_names)
         modes = Modes(config.file_mode, config.dir_mode)
-        self._on_root(lambda: self._take_directory(modes))
+        self._on_root(lambda: self._take_home(modes))
         self._nodes = node_numbers(group)
         self._saver = Saver(
             group,
@@ -109,15 +117,25 @@ class Run:
 
     @property
     def keeper(self) -> Keeper:
-        """Root's hold on the directory."""
-        assert self._keeper is not None
-        return self._keeper
+        """Root's hold on the present directory."""
+        return self.places.present
 
-    def _take_directory(self, modes: Modes) -> None:
-        make_directory(self.fs, self.directory, modes.directory)
-        self._keeper = Keeper(
+    @property
+    def places(self) -> Places:
+        """Root's hold on all directories of the run."""
+        assert self._places is not None
+        return self._places
+
+    def _take_home(self, modes: Modes) -> None:
+        self._places = Places(self.fs, lambda path: self._take(path, modes), self.directory)
+        if self._lineage.prefix is not None:
+            self._begun = self._places.highest_sequence()
+
+    def _take(self, directory: str, modes: Modes) -> Keeper:
+        make_directory(self.fs, directory, modes.directory)
+        return Keeper(
             self.fs,
-            self.directory,
+            directory,
             self._lineage.family,
             identify(os.environ, self._lineage.attempt),
             self.clock,
@@ -141,6 +159,9 @@ class Run:
     def _prepare(self, prepared: Prepared, describe: Callable[[], LocalState], step: int, cause: Cause) -> None:
         prepared.local = describe()
         prepared.changed = self.planned is None or self.planned.digest != prepared.local.digest
+        if not self._names.are_fixed:
+            prepared.destination = self._destination(step)
+            prepared.changed = True  # all ranks have to compare what they are told
         if prepared.changed or self._lineage.prefix is None or not self.group.is_root:
             return
         assert self.planned is not None
@@ -204,17 +225,42 @@ class Run:
         try:
             if error is None:
                 prepared.local = prepared.local or describe()
+                prepared.destination = prepared.destination or self._destination(step)
         except Exception as problem:  # user code: the others wait for the outcome
             error = problem
         self.group.agree(error)
         assert prepared.local is not None
+        assert prepared.destination is not None
+        if not self._names.are_fixed:
+            self._go_to(prepared.destination)
         self._plan(prepared.local)
         begun: list[Ticket] = []
-        self._on_root(lambda: begun.append(self._begin(step, cause)))
-        header = json.dumps([begun[0].facts.prefix, begun[0].facts.sequence]).encode("utf-8") if begun else None
-        prefix, sequence = json.loads(self.group.bcast(header))
+        name = prepared.destination.name
+        self._on_root(lambda: begun.append(self._begin(step, cause, name)))
+        header: bytes | None = None
+        if begun:
+            facts = begun[0].facts
+            header = json.dumps([facts.prefix, facts.sequence, facts.stem]).encode("utf-8")
+        prefix, sequence, stem = json.loads(self.group.bcast(header))
         self._lineage = replace(self._lineage, prefix=prefix, sequence=sequence - 1)
-        prepared.ticket = begun[0] if begun else self._ticket(self._lineage, step, cause)
+        name = None if name is None else stem
+        prepared.ticket = begun[0] if begun else self._ticket(self._lineage, step, cause, name)
+
+    def _go_to(self, destination: Destination) -> None:
+        """Save to where the program wants it, if all ranks say the same. Collective.
+
+        Raises
+        ------
+        ConfigError
+            On all ranks: they do not; it names what was returned, and the ranks.
+        LockedError, StorageError
+            The directory cannot be had; the run stays in the one before.
+        """
+        compare_arguments(self.group, {f"what {name} returned": value for name, value in destination.to_json().items()})
+        if destination.directory == self.directory:
+            return
+        self._on_root(lambda: self.places.enter(destination.directory))
+        self.directory = self._saver.directory = destination.directory
 
     def _plan(self, local: LocalState) -> None:
         changed = self.planned is None or self.planned.digest != local.digest
@@ -236,22 +282,27 @@ class Run:
             assert self.planned is not None
             check_replicas(self.group, local, self.planned)
 
-    def _begin(self, step: int, cause: Cause) -> Ticket:
+    def _begin(self, step: int, cause: Cause, name: str | None) -> Ticket:
         """Choose the name and the place in the lineage, and begin. Root only."""
         assert self.planned is not None
         lineage = self._lineage
         if lineage.prefix is None:
-            prefix, sequence = self.keeper.numbered_prefix(), self.keeper.highest_sequence()
+            prefix, sequence = self.keeper.numbered_prefix(), self.places.highest_sequence()
             lineage = replace(lineage, prefix=prefix, sequence=sequence)
         lineage = replace(lineage, sequence=max(lineage.sequence, self._begun))
-        ticket = self._ticket(lineage, step, cause)
+        ticket = self._ticket(lineage, step, cause, name)
         taken, ours = self._taken(ticket)
+        number = 0
+        while taken and not ours and name is not None:
+            number += 1
+            ticket = self._ticket(lineage, step, cause, f"{name}_{number}")
+            taken, ours = self._taken(ticket)
         if taken and not ours:
             ticket = self._ticket(replace(lineage, prefix=self.keeper.numbered_prefix()), step, cause)
             ours = self._taken(ticket)[1]
         ticket = replace(ticket, replace=ours)
         self._begun = ticket.facts.sequence
-        self.keeper.note_start(lineage.run_id)
+        self.places.note_start(lineage.run_id)
         try:
             self._saver.begin(self.planned, ticket)
         except Exception as error:
@@ -259,14 +310,14 @@ class Run:
             raise
         return ticket
 
-    def _ticket(self, lineage: Lineage, step: int, cause: Cause) -> Ticket:
+    def _ticket(self, lineage: Lineage, step: int, cause: Cause, name: str | None = None) -> Ticket:
         moment = Moment(step, self.steps_per_epoch, cause, self.clock.wall())
-        return make_ticket(lineage, moment, self.config, self.group.size)
+        return make_ticket(lineage, moment, self.config, self.group.size, name)
 
     def _taken(self, ticket: Ticket) -> tuple[bool, bool]:
         staging = self._saver.staging(ticket)
         path = staging.final_file if ticket.facts.integrated else staging.final_directory
-        return self.keeper.taken(path, ticket.facts.run_id, ticket.facts.step)
+        return self.keeper.taken(path, ticket.facts)
 
     def _after_publish(self, saved: Saved, facts: Facts, before: int | None, blocked_s: float) -> None:
         """Root: tell, remember, delete what is not kept."""
@@ -283,7 +334,7 @@ class Run:
             saved.slowest_seconds,
         )
         try:
-            self.keeper.note_published(facts.run_id, facts.step)
+            self.places.note_published(facts.run_id, facts.step)
         except StorageError as error:
             log.warning("the run file could not be written: %s", error)
         self.keeper.retain(facts.run_id, facts.prefix)
@@ -327,14 +378,20 @@ class Run:
     # -- restoring ------------------------------------------------------------------------------------------------
 
     def restorer(self, *, required: bool) -> Restorer:
-        """A restorer of this directory and family."""
+        """A restorer of this run's directories and family."""
 
         def nothing_found() -> None:
-            self.keeper.nothing_found(required=required)
-            self.keeper.note_start(self._lineage.run_id)
+            self.places.home.nothing_found(required=required)
+            self.places.home.note_start(self._lineage.run_id)
 
         return Restorer(
-            self.group, self.fs, self.directory, self._lineage.family, nothing_found=nothing_found, may_mark=True
+            self.group,
+            self.fs,
+            lambda: self.places.directories(),
+            self._lineage.family,
+            any_name=not self._names.are_fixed,
+            nothing_found=nothing_found,
+            may_mark=True,
         )
 
     def adopt(self, facts: Facts | None) -> None:
@@ -346,7 +403,7 @@ class Run:
         if facts is None:
             return
         highest: list[int] = []
-        self._on_root(lambda: highest.append(self.keeper.highest_sequence()))
+        self._on_root(lambda: highest.append(self.places.highest_sequence()))
         sequence = int(self.group.bcast(str(highest[0]).encode("ascii") if highest else None))
         self._lineage = replace(
             self._lineage, run_id=facts.run_id, prefix=facts.prefix, sequence=sequence, parent=facts.token
@@ -355,10 +412,10 @@ class Run:
     # -- small things ---------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Give the directory up. Not collective."""
-        if self._keeper is not None:
-            self._keeper.close()
-            self._keeper = None
+        """Give the directories up. Not collective."""
+        if self._places is not None:
+            self._places.close()
+            self._places = None
 
     def _on_root(self, step: Callable[[], Any]) -> None:
         """Run something on root; an error is raised on all ranks. Collective."""

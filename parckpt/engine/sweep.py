@@ -203,15 +203,11 @@ def _rival(fs: FileSystem, directory: str, facts: Facts) -> str | None:
 
 
 def _replaces(fs: FileSystem, path: str, facts: Facts) -> bool:
-    """Whether what has the name is the same step of the same run."""
+    """Whether something has the name that these facts may replace."""
     if try_stat(fs, path) is None:
         return False
     found = find_at(fs, path)
-    return (
-        found is not None
-        and found.facts is not None
-        and ((found.facts.run_id, found.facts.step) == (facts.run_id, facts.step))
-    )
+    return found is not None and found.facts is not None and facts.may_replace(found.facts)
 
 
 def _settle_replaced(fs: FileSystem, directory: str, replaced: Sequence[tuple[str, str, str]]) -> None:

@@ -104,8 +104,8 @@ def check(state: dict[str, Any], size: int, progress: parckpt.Progress) -> int:
 
 def abandon(run: ModelCheckpoint) -> None:
     """End the threads of a run that "died"; what it holds on disk stays."""
-    keeper, run._run._keeper, run._closed = run._run._keeper, None, True
-    if keeper is not None:
+    places, run._run._places, run._closed = run._run._places, None, True
+    for keeper in {places.home, places.present} if places is not None else ():
         if keeper._heartbeat is not None:
             keeper._heartbeat.stop()
         keeper._cleaner.shutdown(wait=True)

@@ -326,7 +326,9 @@ def test_a_net_is_filled_in_place(disk: MemoryFileSystem) -> None:
         "optim": {"a": parckpt.Spec((2, 4), "f8", (3, 4), (1, 0))},
         "lr": 0.0,
     }
-    found = load(disk, "/x.ckpt", net)
+    with pytest.warns(StateWarning, match=r"net\.new") as said:
+        found = load(disk, "/x.ckpt", net)
+    assert len(said) == 1
     assert set(found) == {"net.a", "net.b", "optim.a"}
     assert found["net.a"] is a
     assert a.tolist() == W.tolist()
@@ -548,7 +550,7 @@ def test_one_ranks_error_in_loading_is_everybodys(disk: MemoryFileSystem) -> Non
                 raise KeyError(name)
             return True
 
-        with pytest.raises(KeyError) as problem:
+        with pytest.raises(ConfigError, match="KeyError") as problem:
             parckpt.load_checkpoint("/x.ckpt", {"w": np.zeros((3, 4))}, choice_func=choose, comm=comm, filesystem=disk)
         return [*said, str(problem.value)]
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from parckpt.core import naming
+from parckpt.core.manifest import Facts
 from parckpt.core.retention import RetentionPolicy
 from parckpt.engine.catalog import scan
 from parckpt.engine.keeper import Keeper, make_directory
@@ -48,10 +49,14 @@ def kept(fs: FileSystem, *, who: Identity = WHO, count: int = 1, family: str = "
         keeper.close()
 
 
-def run_id_of(disk: MemoryFileSystem) -> str:
+def facts_of(disk: MemoryFileSystem) -> Facts:
     facts = scan(disk, DIRECTORY)[0].facts
     assert facts is not None
-    return facts.run_id
+    return facts
+
+
+def run_id_of(disk: MemoryFileSystem) -> str:
+    return facts_of(disk).run_id
 
 
 @pytest.mark.parametrize(
@@ -177,10 +182,40 @@ def test_a_new_run_is_numbered_on() -> None:
     with kept(disk) as keeper:
         assert keeper.numbered_prefix() == "m_1"
         assert keeper.highest_sequence() == 1
-        assert keeper.taken(f"{DIRECTORY}/m-1_1", run_id_of(disk), 1) == (True, True)
-        assert keeper.taken(f"{DIRECTORY}/m-1_1", run_id_of(disk), 2) == (True, False)
-        assert keeper.taken(f"{DIRECTORY}/m-1_1", "another", 1) == (True, False)
-        assert keeper.taken(f"{DIRECTORY}/m-1_9", run_id_of(disk), 9) == (False, False)
+        facts = facts_of(disk)
+        other_step = replace(facts, step=2, step_in_epoch=2, stem="m-1_2")
+        assert keeper.taken(f"{DIRECTORY}/m-1_1", facts) == (True, True)
+        assert keeper.taken(f"{DIRECTORY}/m-1_1", other_step) == (True, False)
+        assert keeper.taken(f"{DIRECTORY}/m-1_1", replace(other_step, stem="best")) == (True, True)
+        assert keeper.taken(f"{DIRECTORY}/m-1_1", replace(facts, run_id="another")) == (True, False)
+        assert keeper.taken(f"{DIRECTORY}/m-1_9", replace(facts, step=9)) == (False, False)
+
+
+def test_the_directories_of_a_run_are_remembered_the_last_one_last() -> None:
+    disk = new_disk()
+    with kept(disk) as keeper:
+        for path in ("../a", "b", "../a", "../a"):
+            keeper.note_directory(path)
+        keeper.note_start("r")
+        keeper.note_published("r", 3)
+    disk = disk.crash(keep="none")
+    with kept(disk) as keeper:
+        assert keeper.noted_directories() == ["b", "../a"]
+        assert keeper.run_file == {"directories": ["b", "../a"], "run_id": "r", "published": True, "step": 3}
+        for number in range(4000):
+            assert keeper.run_file is not None
+            keeper.run_file["directories"].append(f"somewhere/{number}")
+        keeper.note_directory("c")
+    with kept(disk) as keeper:
+        assert keeper.noted_directories()[-2:] == ["somewhere/3999", "c"]
+
+
+@pytest.mark.parametrize("noted", [7, "abc", {"a": 1}, [1, None, "/etc", "a\0b"]])
+def test_directories_that_a_damaged_run_file_names_are_ignored(noted: object) -> None:
+    disk = new_disk()
+    write_file(disk, RUN, json.dumps({"directories": noted}).encode())
+    with kept(disk) as keeper:
+        assert keeper.noted_directories() == []
 
 
 @pytest.mark.parametrize("mode", ["integrated", "per-rank"])

@@ -1,0 +1,260 @@
+"""One call of `load_checkpoint`: what was asked for, where it is, how far it can be trusted, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from parckpt.comm.launch import SELF, resolve
+from parckpt.core import netfill, netrules
+from parckpt.core.flat import FlatState
+from parckpt.core.state import State, flatten
+from parckpt.core.target import Selection
+from parckpt.engine import foreign, notyet, parts
+from parckpt.engine.catalog import Found, find_at, load_manifest, scan
+from parckpt.engine.group import Group
+from parckpt.engine.loadargs import Arguments
+from parckpt.engine.local import as_state
+from parckpt.engine.restorer import Request, Restored, Restorer
+from parckpt.engine.rounds import compare_arguments
+from parckpt.errors import CheckpointNotFoundError, ConfigError, IntegrityError
+from parckpt.storage.direct import InputFile
+from parckpt.storage.filesystem import FileSystem, try_stat
+
+__all__ = ["Loading", "as_loaded", "load_own"]
+
+# The first bytes of MindSpore's encrypted files.
+_CIPHER_MAGICS = {b"\xd8\x5e\x3a\x7f": "AES-GCM", b"\xd9\x5e\x3a\x7f": "AES-CBC", b"\xda\x5e\x3a\x7f": "SM4-CBC"}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """One `load_checkpoint` call.
+
+    Attributes
+    ----------
+    said : list of str
+        What to warn about, on root; filled as it is found.
+    """
+
+    group: Group
+    fs: FileSystem
+    arguments: Arguments
+    said: list[str]
+
+    def run(self, net: State | None) -> dict[str, Any]:
+        """Load. Collective."""
+        arguments = self.arguments
+        flat = self.group.run(lambda: self._begin(net))
+        given = {
+            "ckpt_file_name": arguments.path,
+            "strict_load": arguments.strict,
+            "crc_check": arguments.crc_check,
+        }
+        compare_arguments(self.group, given)
+        if flat is None and self.group.size == 1 and _is_foreign_file(self.fs, arguments.path):
+            return self._not_empty(foreign.load_all(self.fs, arguments.path, arguments.format, arguments.keep))
+        restorer = Restorer(
+            self.group,
+            self.fs,
+            lambda: (os.path.dirname(arguments.path),),
+            "",
+            nothing_found=lambda: None,
+            may_mark=False,
+        )
+        if flat is None:
+            selection = Selection(strict=False, choose=arguments.keep)
+            return self._not_empty(self._everything(restorer.restore(None, self._request(selection))))
+        return self._fill(restorer, flat)
+
+    def _begin(self, net: State | None) -> FlatState | None:
+        flat = None if net is None else flatten(as_state(net), writable=True)
+        self._check()
+        return flat
+
+    def _request(self, selection: Selection) -> Request:
+        return Request(selection, path=self.arguments.path, allow_inconsistent=True, form=self.arguments.format)
+
+    def _everything(self, restored: Restored) -> dict[str, Any]:
+        """Whole tensors, then what else the file holds; what belongs to one rank as ``<name>@rank_<r>``."""
+        progress = restored.progress
+        found: dict[str, Any] = dict(progress.state)
+        plain: dict[str, Any] = {**progress.values, **progress.append_dict}
+        for name, by_rank in progress.per_rank.items():
+            labels = [f"{name}@rank_{rank}" for rank in restored.owners[name]]
+            plain.update({label: by_rank[place] for place, label in enumerate(labels) if self.arguments.keep(label)})
+        found.update({name: as_loaded(value) for name, value in plain.items() if self.arguments.keep(name)})
+        return found
+
+    def _not_empty(self, found: dict[str, Any]) -> dict[str, Any]:
+        if not found:
+            raise _nothing_left(self.arguments.path)
+        return found
+
+    # -- into a state -------------------------------------------------------------------------------------------------
+
+    def _fill(self, restorer: Restorer, flat: FlatState) -> dict[str, Any]:
+        """Fill a state; its arrays by name, allocated ones where it has a `Spec`."""
+        pairing = _Pairing(self.arguments)
+        selection = Selection(
+            strict=False,
+            cast=netrules.never if self.arguments.strict else netrules.converts,
+            pair=pairing.pair,
+            trailing_ones=True,
+        )
+        restored = restorer.restore(flat, self._request(selection))
+        kept = [name for name in restored.progress.append_dict if self.arguments.keep(name)]
+        self.group.run(lambda: pairing.check(kept))
+        missing = set(restored.progress.missing)
+        self._report(pairing.renamed, [name for name in restored.progress.missing if self.arguments.keep(name)])
+        held = {leaf.name: _one(leaf.pieces) for leaf in flat.tensors}
+        return {
+            leaf.name: restored.arrays.get(leaf.name, held[leaf.name])
+            for leaf in flat.tensors
+            if leaf.name not in missing
+        }
+
+    def _report(self, renamed: Mapping[str, str], missing: Sequence[str]) -> None:
+        """Gather on root what it is to say of all ranks. Collective."""
+        report = json.dumps([renamed, netrules.not_loaded(missing, {})]).encode("utf-8")
+        together: dict[str, str] = {}
+        lacking: dict[str, None] = {}
+        for data in self.group.allgather_distinct(report)[0]:
+            theirs, names = json.loads(data)
+            together.update(theirs)
+            lacking.update(dict.fromkeys(names))
+        self._say(*netfill.complaints(list(lacking), together))
+
+    def _say(self, *messages: str) -> None:
+        if self.group.is_root:
+            self.said.extend(messages)
+
+    # -- trust --------------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        path = self.arguments.path
+        stat = try_stat(self.fs, path)
+        if stat is None:
+            raise CheckpointNotFoundError(f"there is no checkpoint at {path}", path=path)
+        if not stat.is_dir:
+            self._check_key(path)
+        found = find_at(self.fs, path)
+        if found is None and not stat.is_dir and (part := parts.find(self.fs, path)) is not None:
+            self._check_part(part)
+        elif found is None:
+            self._check_foreign(path, stat.is_dir)
+        if self.arguments.crc_check and self.group.is_root:
+            self._check_crc(found, stat.is_dir)
+
+    def _check_key(self, path: str) -> None:
+        """A key for what is not encrypted, or none for what is, is a mistake to be told from damage."""
+        with InputFile(self.fs, path, direct=False) as source:
+            mode = _CIPHER_MAGICS.get(bytes(source.read(0, 4))) if source.nbytes >= 4 else None
+        if mode is not None:
+            if self.arguments.dec_key is None:
+                raise ConfigError(f"{path} is encrypted with {mode}: pass dec_key and dec_mode={mode!r}", path=path)
+            notyet.refuse(enc_key=self.arguments.dec_key)
+        elif self.arguments.dec_key is not None:
+            raise ConfigError(f"{path} is not encrypted: load it without dec_key", path=path, parameter="dec_key")
+
+    def _check_part(self, part: parts.Part) -> None:
+        """One rank's file of a step directory of ours is verified by the manifest there; the rest is elsewhere."""
+        if self.group.is_root:
+            part.verify(self.fs)
+        if part.is_partial and not self.arguments.remove_redundancy:
+            self._say(f"{part.path} has only what rank {part.rank} wrote; the whole checkpoint is {part.root}")
+
+    def _check_foreign(self, path: str, is_dir: bool) -> None:
+        if not self.arguments.allow_unverified:
+            self._unverified()
+        if is_dir or self.arguments.remove_redundancy:
+            return
+        index, _ = foreign.index_file(self.fs, path, self.arguments.format)
+        if index.metadata.get("remove_redundancy") == "True":
+            self._say(f"{path} is one rank's of several without what other ranks hold, too: remove_redundancy=True")
+
+    def _unverified(self) -> None:
+        """A deleted manifest must not turn a verified checkpoint into one that anybody could have changed."""
+        path, allow = self.arguments.path, self.arguments.allow_unverified
+        if allow is False or scan(self.fs, os.path.dirname(path)):
+            raise IntegrityError(
+                f"{path} has no manifest, so nothing in it can be verified"
+                + ("; parckpt has published in this directory" if allow is None else "")
+                + ": pass allow_unverified=True to load it all the same",
+                path=path,
+            )
+        self._say(f"{path} has no manifest: it is loaded without verification")
+
+    def _check_crc(self, found: Found | None, is_dir: bool) -> None:
+        path, form = self.arguments.path, self.arguments.format
+        manifest = load_manifest(self.fs, found) if found is not None else None
+        if manifest is None:
+            manifest = foreign.open_foreign(self.fs, path, check=False, form=form)
+        root = path if is_dir else os.path.dirname(path)
+        for file in manifest.contents.files:
+            name = os.path.join(root, file.path if is_dir else os.path.basename(path))
+            index, _ = foreign.index_file(self.fs, name, form)
+            foreign.verify_crc(self.fs, name, index, required=True)
+
+
+def load_own(group: Group, fs: FileSystem, arguments: Arguments, said: list[str]) -> dict[str, Any] | None:
+    """Load every rank's own file; None where some rank named a directory, which has what all need. Collective."""
+    is_dir = group.run(lambda: (stat := try_stat(fs, arguments.path)) is not None and stat.is_dir)
+    if group.reduce_max(np.array([is_dir], np.int64))[0]:
+        return None
+    alone = Group(resolve(SELF, {}), group.waiter)
+    heard: list[str] = []
+    loaded = group.run(lambda: Loading(alone, fs, arguments, heard).run(None))
+    said += heard if group.is_root else []
+    return loaded
+
+
+@dataclass
+class _Pairing:
+    """The names of the state and those of the file, of which some are not wanted."""
+
+    arguments: Arguments
+    chosen: int = 0
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    def pair(self, wanted: Sequence[str], stored: Sequence[str]) -> dict[str, str]:
+        kept = [name for name in stored if self.arguments.keep(name)]
+        self.chosen += len(kept)
+        pairs = netrules.pair(wanted, kept, strict=self.arguments.strict)
+        self.renamed.update({name: found for name, found in pairs.items() if name != found})
+        return pairs
+
+    def check(self, others: Sequence[str]) -> None:
+        if not self.chosen and not others:
+            raise _nothing_left(self.arguments.path)
+
+
+def _nothing_left(path: str) -> ConfigError:
+    return ConfigError(
+        f"nothing of {path} is left to load: it is empty, or filter_prefix, specify_prefix or choice_func drop it all",
+        path=path,
+    )
+
+
+def _is_foreign_file(fs: FileSystem, path: str) -> bool:
+    stat = try_stat(fs, path)
+    return stat is not None and not stat.is_dir and find_at(fs, path) is None
+
+
+def _one(pieces: Sequence[Any]) -> Any:
+    sources = [piece.source for piece in pieces]
+    return sources[0] if len(sources) == 1 else sources
+
+
+def as_loaded(value: Any) -> Any:
+    """Numbers become 0-d arrays, as in MindSpore; what arrays cannot hold stays what it is."""
+    return np.asarray(value) if isinstance(value, (bool, int, float, np.generic)) and _fits(value) else value
+
+
+def _fits(value: Any) -> bool:
+    return not isinstance(value, int) or -(2**63) <= value < 2**64

@@ -1,0 +1,92 @@
+"""Root's hold on the directories of one run: where it started, and where it saves now, which a callable may change."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from parckpt.engine.catalog import scan
+from parckpt.engine.keeper import Keeper
+from parckpt.storage.filesystem import FileSystem, try_stat
+
+__all__ = ["Places"]
+
+
+class Places:
+    """The run's directories. On root only; nothing here is collective.
+
+    The run file of the first directory, its home, lists the others that the run has saved to. So a start that finds
+    the home finds all of them, the newest checkpoint among them, and finishes what was under way in the last.
+
+    Parameters
+    ----------
+    take : callable
+        Takes hold of a directory: makes it if needed, locks it, recovers what is in it.
+    home : str
+        The directory that the run starts in.
+
+    Attributes
+    ----------
+    present : Keeper
+        Of where the run saves now.
+    """
+
+    def __init__(self, fs: FileSystem, take: Callable[[str], Keeper], home: str) -> None:
+        self._fs, self._take = fs, take
+        self.home = self.present = take(home)
+        try:
+            for last in self.directories()[1:][-1:]:
+                take(last).close()
+        except BaseException:
+            self.close()
+            raise
+
+    def directories(self) -> list[str]:
+        """Home, then the others that are still there, the last used one last."""
+        noted = [os.path.normpath(os.path.join(self.home.directory, path)) for path in self.home.noted_directories()]
+        there = [path for path in noted if (stat := try_stat(self._fs, path)) is not None and stat.is_dir]
+        return [self.home.directory, *(path for path in there if path != self.home.directory)]
+
+    def enter(self, directory: str) -> None:
+        """Save to another directory from now on; the one before is given up, unless it is home.
+
+        Raises
+        ------
+        LockedError, StorageError
+            Nothing has changed then.
+        """
+        if directory == self.present.directory:
+            return
+        before = self.present
+        entered = self.home if directory == self.home.directory else self._take(directory)
+        if entered is not self.home:
+            try:
+                # Before anything is saved there: what is published must be found.
+                self.home.note_directory(os.path.relpath(directory, self.home.directory))
+            except BaseException:
+                entered.close()
+                raise
+        self.present = entered
+        if before is not self.home:
+            before.close()
+
+    def highest_sequence(self) -> int:
+        """Of everything published in this family, in any of the directories; 0 if nothing is."""
+        found = [one for path in self.directories() for one in scan(self._fs, path, self.home.family)]
+        return max((one.facts.sequence for one in found if one.facts), default=0)
+
+    def note_start(self, run_id: str) -> None:
+        """As `Keeper.note_start`, where the next start looks and where the run saves."""
+        for keeper in {self.home, self.present}:
+            keeper.note_start(run_id)
+
+    def note_published(self, run_id: str, step: int) -> None:
+        """As `Keeper.note_published`, where the next start looks and where the run saves."""
+        for keeper in {self.home, self.present}:
+            keeper.note_published(run_id, step)
+
+    def close(self) -> None:
+        """Give all up."""
+        if self.present is not self.home:
+            self.present.close()
+        self.home.close()

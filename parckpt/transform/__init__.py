@@ -1,0 +1,10 @@
+"""MindSpore's functions for checkpoints of many ranks: merge them, cut them anew, change their format.
+
+Same names, arguments and results, on any MPI ranks: the heavy ones take ``comm`` and share the files to write. They
+stream: no file and no tensor is ever held in memory as a whole.
+"""
+
+from parckpt.transform.merging import merge_sliced_parameter
+from parckpt.transform.ranks import rank_list_for_transform
+
+__all__ = ["merge_sliced_parameter", "rank_list_for_transform"]
