@@ -17,8 +17,6 @@ from parckpt.engine.source import open_source
 from parckpt.storage.filesystem import PosixFileSystem
 from parckpt.testing.world import run_world
 
-pytestmark = pytest.mark.fast
-
 
 def flip(path: Path, byte_offset: int) -> None:
     """Change one bit of a file."""

@@ -16,8 +16,6 @@ from parckpt.engine.catalog import find_at
 from parckpt.errors import CheckpointGoneError
 from parckpt.testing.filesystem import MemoryFileSystem
 
-pytestmark = pytest.mark.fast
-
 
 def _pins(directory: Path) -> list[str]:
     return [name for name in os.listdir(directory) if ".pin-" in name]
