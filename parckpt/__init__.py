@@ -1,6 +1,7 @@
 """Checkpoints of parallel training jobs: saved by MPI ranks, published atomically, restored on any number of them."""
 
 from parckpt import sharding as _sharding  # noqa: F401  # gives Shard.stack its communication
+from parckpt.adapters import mindspore as _mindspore  # noqa: F401  # says what its tensors and networks stand for
 from parckpt.browse import (
     Checkpoint,
     CheckpointInfo,

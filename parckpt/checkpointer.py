@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from parckpt.callbacks import CallbackShape, RunContext
 from parckpt.comm.launch import resolve
 from parckpt.comm.wait import SystemClock, Waiter
 from parckpt.core import policyoptions
@@ -52,7 +53,7 @@ LEAVE_BY_ERROR_TIMEOUT_S = 60.0
 """How long a rank whose program raised waits for the others to come to their next call and hear of it."""
 
 
-class ModelCheckpoint:
+class ModelCheckpoint(CallbackShape):
     """Saves a training run's state when it is due, and gives it back.
 
     Collective: all ranks of ``comm`` make one and call its methods; from the thread that owns MPI. The methods that
@@ -73,7 +74,8 @@ class ModelCheckpoint:
     comm : mpi4py communicator, parckpt.SELF or Communicator, optional
         Default: ``COMM_WORLD`` when started by a launcher, else this process alone. Duplicated; the caller's is free.
     steps_per_epoch : int, optional
-        Turns the global step into epoch and step within it. Default: all is epoch 1.
+        Turns the global step into epoch and step within it. Default: what a run context says; without one all is
+        epoch 1.
     family : str, optional
         With a callable prefix: the name of the lock, and of what `restore` finds and retention counts. Default:
         ``"CKP"``. (A prefix that is a str is its own.)
@@ -110,10 +112,10 @@ class ModelCheckpoint:
         self._history = History(0, self._clock.monotonic())
         self._state: State | None = None
         self._metrics: dict[str, float] = {}  # of the present step
-        self._parameters: Any = None  # of the last run context, where the loop hands in such
         self._spoiled: list[str] = []
         self._failed_in_a_row = 0
         self._updating: int | None = None
+        self._steps_per_epoch = steps_per_epoch
         self._left = False  # all ranks have left together: what is left to do waits for nobody
         #: Path of the last published checkpoint; empty before the first.
         self.latest_ckpt_file_name = ""
@@ -255,7 +257,7 @@ class ModelCheckpoint:
                 allow_inconsistent,
                 strategy=self._strategy(strategy, path is not None),
             )
-            flat = None if state is None else flatten(state, writable=True)
+            flat = None if state is None else flatten(as_state(state), writable=True)
         except Exception as error:  # user code and checks before the first collective; the round carries the outcome
             prepared.error = error
         with deferred_interrupt():
@@ -285,7 +287,11 @@ class ModelCheckpoint:
         return as_strategy(given, self._run.fs) if self._group.is_root else None
 
     def step_end(
-        self, state: State | None = None, step: int | None = None, *, metrics: Mapping[str, float] | None = None
+        self,
+        state: State | RunContext | None = None,
+        step: int | None = None,
+        *,
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Tell that a step is done; save if that is due.
 
@@ -293,9 +299,10 @@ class ModelCheckpoint:
 
         Parameters
         ----------
-        state : mapping or callable, optional
+        state : mapping, callable or run context, optional
             What to save; a callable is called only when a save is decided. Default: the config's ``saved_network``, or
-            what was handed in last.
+            what was handed in last. A training loop's run context stands for the loop's step and the network that it
+            trains (which the config's ``saved_network`` comes before).
         step : int, optional
             Global step, from 1; may jump. Default: one more than the last.
         metrics : mapping, optional
@@ -313,6 +320,8 @@ class ModelCheckpoint:
         due = False
         cause = _BY_ANOTHER
         try:
+            if isinstance(state, RunContext):
+                state, step = self._from_loop(state)
             before = self._step
             self._next_step(state, step, metrics)
             if before and self._step > before + 1:
@@ -384,12 +393,21 @@ class ModelCheckpoint:
         finally:
             self._updating = None
 
-    def end(self) -> None:
-        """Leave: wait for all ranks to leave, save the last step if it is not saved yet. Collective."""
+    def end(self, run_context: RunContext | None = None) -> None:
+        """Leave: wait for all ranks to leave, save the last step if it is not saved yet. Collective.
+
+        With a run context, which tells the last step: a later training with this object goes on from there.
+        """
         if self._closed:
             return
+        mishap: Exception | None = None
+        try:
+            if run_context is not None and self.loop is not None:
+                self._next_step(*self._from_loop(run_context))
+        except Exception as error:  # the other ranks must not wait for this one
+            mishap = error
         with deferred_interrupt():
-            self._leave(by_error=False)
+            self._leave(by_error=False, mishap=mishap)
 
     def close(self) -> None:
         """Leave without a last save, and free everything. Collective. Does nothing the second time."""
@@ -461,9 +479,8 @@ class ModelCheckpoint:
                 self._run.drop(prepared)
         return agreed
 
-    def _leave(self, *, by_error: bool, save: bool = True) -> None:
+    def _leave(self, *, by_error: bool, save: bool = True, mishap: Exception | None = None) -> None:
         """Answer the other ranks' rounds until all are leaving; then the last save, unless somebody failed."""
-        mishap: Exception | None = None
         if by_error:
             # The others may sit in a collective of the program, which this rank will never join: do not keep the
             # launcher from ending the job (python -m mpi4py) for as long as an agreement may take.
@@ -547,6 +564,17 @@ class ModelCheckpoint:
             self._metrics = given
         self._step = int(number)
 
+    def _from_loop(self, run_context: RunContext) -> tuple[State | None, int]:
+        """The state and the step that a training loop's context stands for."""
+        now, step = self._follow(run_context, self._step)
+        before = step - now.step
+        if self._step < before:
+            # The loop begins with a later epoch: the steps before it are nobody's, so they make no save due.
+            self._step, self._history = before, replace(self._history, last_step=before)
+        if self._steps_per_epoch is None:
+            self._run.count_epochs(now.batch_num)
+        return (now.network if self.config.saved_network is None else None), step
+
     def _decide(self, step: int, *, ending: bool = False) -> Decision:
         return self.config.save_policy.decide(
             step,
@@ -570,8 +598,8 @@ class ModelCheckpoint:
 
     def _parameters_at(self, step: int) -> Any:
         """What callable names get: the training loop's own parameters, if it has any."""
-        if self._parameters is not None:
-            return self._parameters
+        if self.loop is not None:
+            return self.loop.parameters
         return Parameters.at(step, self._run.steps_per_epoch)
 
     def _state_or_none(self) -> State | None:
@@ -583,7 +611,7 @@ class ModelCheckpoint:
         state = self._state_or_none()
         if state is None:
             raise ConfigError("there is no state to save: hand it to step_end, or give the config a saved_network")
-        return LocalState.of(flatten(state, writable=False))
+        return LocalState.of(flatten(as_state(state), writable=False))
 
 
 _BY_ANOTHER = Cause("asked for by another rank")

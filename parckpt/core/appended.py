@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from parckpt.core import dtypes, values
+from parckpt.core.adapting import as_leaf
 from parckpt.core.leaves import Leaf
 from parckpt.errors import FormatError
 
@@ -33,9 +34,9 @@ def settle(append: Mapping[str, Any] | None, epoch: int, step: int) -> dict[str,
             found[name] = value + epoch
         elif name == "step_num":
             found[name] = value + step
-        elif isinstance(value, Leaf):
-            array = np.empty(value.shape, value.dtype.numpy)
-            value.read_into(array)
+        elif (leaf := value if isinstance(value, Leaf) else as_leaf(value)) is not None:
+            array = np.empty(leaf.shape, leaf.dtype.numpy)
+            leaf.read_into(array)
             found[name] = array
         else:
             found[name] = value

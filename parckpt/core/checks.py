@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from parckpt.core import dtypes
+from parckpt.core.adapting import as_leaf
 from parckpt.core.leaves import Leaf, plain_array
 from parckpt.errors import ConfigError, ConfigTypeError
 
@@ -200,6 +201,8 @@ def _check_append(where: str, key: Any, value: Any) -> None:
         dtypes.from_numpy(value.dtype)
         return
     # numpy's float64 is a float, and stored as one of 64 bits; its other scalars MindSpore does not take.
+    if as_leaf(value) is not None:
+        return
     if not isinstance(value, (bool, int, float, str, Leaf)) or isinstance(value, np.ndarray):
         _refuse(where, f"[{key!r}] must be int, float, bool, str, a numpy array or a parckpt.Leaf, not {_kind(value)}")
     if isinstance(value, int) and not -(2**63) <= value < 2**64:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from parckpt.core import dtypes
+from parckpt.core.adapting import as_leaf
 from parckpt.core.dtypes import DType
 from parckpt.errors import ConfigError, ConfigTypeError, InternalError
 
@@ -153,8 +154,8 @@ class Shard:
 
     Parameters
     ----------
-    data : ndarray or Leaf
-        The box's elements. Kept by reference: restoring fills it in place.
+    data : ndarray, Leaf, or a framework's array
+        The box's elements. Kept by reference: restoring fills it in place. A framework's array becomes a `Leaf`.
     global_shape : sequence of int
         Shape of the whole tensor, in elements.
     offsets : sequence of int
@@ -172,6 +173,8 @@ class Shard:
     offsets: tuple[int, ...]
 
     def __init__(self, data: np.ndarray[Any, Any] | Leaf, global_shape: Sequence[int], offsets: Sequence[int]) -> None:
+        if not plain_array(data) and not isinstance(data, Leaf):
+            data = as_leaf(data) or data
         if not plain_array(data) and not isinstance(data, Leaf):
             raise ConfigTypeError(f"a Shard holds a numpy array or a Leaf, not {type(data).__name__}")
         object.__setattr__(self, "data", data)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from parckpt.core import dtypes
+from parckpt.core.adapting import as_leaf, as_mapping
 from parckpt.core.dtypes import DType
 from parckpt.core.flat import Builder, FlatState, LocalPiece, TensorLeaf, ValueLeaf
 from parckpt.core.leaves import Leaf, OnResize, PerRank, Shard, Spec, plain_array
@@ -30,7 +31,7 @@ def flatten(state: State, *, writable: bool) -> FlatState:
 
     Parameters
     ----------
-    state : mapping or callable
+    state : mapping, callable, or a framework's network
         See the user documentation for what it may hold.
     writable : bool
         True if the leaves are to be restored into: read-only arrays, and Leafs without `write_from`, are refused, and
@@ -43,12 +44,26 @@ def flatten(state: State, *, writable: bool) -> FlatState:
     LayoutError
         If Shards given as one tensor disagree about its shape or type.
     """
-    nested = state() if callable(state) and not isinstance(state, Mapping) else state
+    nested = _nested(state)
     if not isinstance(nested, Mapping):
         raise ConfigTypeError(f"the state must be a mapping or a callable that returns one, not {_kind(nested)}")
     collector = _Collector(writable)
     build = collector.mapping(nested, _Place())
     return FlatState(tuple(collector.tensors), tuple(collector.values), build)
+
+
+def _nested(state: Any) -> Any:
+    """The mapping that a state is or returns. A network comes first: calling one would compute with it."""
+    for _ in range(2):
+        if isinstance(state, Mapping):
+            return state
+        network = as_mapping(state)
+        if network is not None:
+            return network
+        if not callable(state):
+            break
+        state = state()
+    return state
 
 
 @dataclass(frozen=True)
@@ -95,10 +110,24 @@ class _Collector:
             if value and all(_is_boxed(item) for item in value):
                 return self.tensor(list(value), place, several=True)
             return self.value(value, place) if is_plain(value) else self.sequence(value, place)
+        if self.adapted(value, place):
+            # A restored state holds the framework's object itself: it was filled in place.
+            return lambda arrays, values: value
         raise ConfigTypeError(
             f"{place.name!r} is of type {_kind(value)}, which cannot be saved: expected a numpy array, a parckpt "
             "Shard, PerRank or Leaf, a plain value (int, float, bool, str, None, bytes), or a mapping or list of them"
         )
+
+    def adapted(self, value: Any, place: _Place) -> bool:
+        """Take a framework's array or network; False if it is none."""
+        leaf = as_leaf(value)
+        if leaf is not None:
+            self.tensor([leaf], place, several=False)
+            return True
+        network = as_mapping(value)
+        if network is not None:
+            self.mapping(network, place)
+        return network is not None
 
     def mapping(self, value: Mapping[Any, Any], place: _Place) -> Builder:
         self.check_depth(value, place)

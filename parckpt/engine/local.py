@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parckpt.core import values
+from parckpt.core.adapting import as_leaf, as_mapping
 from parckpt.core.describe import EMPTY, PER_RANK, Held, digest, pack
 from parckpt.core.flat import FlatState, ValueLeaf
 from parckpt.core.layout import Box, contains
@@ -74,7 +75,10 @@ def _flags(value: ValueLeaf) -> int:
 
 
 def as_state(given: Any) -> State:
-    """The state that an argument means: a mapping, a callable, an object with ``state_dict()``, MindSpore's list form.
+    """The state that an argument means.
+
+    A mapping, a callable, a framework's network, an object with ``state_dict()``, or MindSpore's list form: of
+    ``{"name": ..., "data": ...}`` or of arrays that know their names.
 
     Raises
     ------
@@ -86,10 +90,16 @@ def as_state(given: Any) -> State:
     if isinstance(given, list):
         state: dict[str, Any] = {}
         for item in given:
+            if as_leaf(item) is not None and isinstance(getattr(item, "name", None), str):
+                state[item.name] = item
+                continue
             if not isinstance(item, Mapping) or not isinstance(item.get("name"), str) or "data" not in item:
                 raise ConfigTypeError("a list to save must hold {'name': str, 'data': array} items")
             state[item["name"]] = item["data"]
         return state
+    network = as_mapping(given)
+    if network is not None:
+        return network
     if hasattr(given, "state_dict"):
         found: State = given.state_dict()
         return found

@@ -92,6 +92,7 @@ class Run:
         self.planned: Planned | None = None
         self._names, self._destination = names, destination
         self._places: Places | None = None
+        self._same_epochs = True  # as far as this rank knows
         self._warned: set[str] = set()
         self._saved_step: int | None = None
         # Root: the highest sequence number ever begun. A failed save's is not used again, so neither is its token: what
@@ -144,6 +145,11 @@ class Run:
             retention=self.config.retention_policy,
         )
 
+    def count_epochs(self, steps_per_epoch: int) -> None:
+        """From now on an epoch has so many steps. Not collective: the next save takes root's word for it."""
+        if steps_per_epoch != self.steps_per_epoch:
+            self.steps_per_epoch, self._same_epochs = steps_per_epoch, False
+
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def prepare(self, prepared: Prepared, describe: Callable[[], LocalState], step: int, cause: Cause) -> None:
@@ -158,7 +164,7 @@ class Run:
 
     def _prepare(self, prepared: Prepared, describe: Callable[[], LocalState], step: int, cause: Cause) -> None:
         prepared.local = describe()
-        prepared.changed = self.planned is None or self.planned.digest != prepared.local.digest
+        prepared.changed = self.planned is None or self.planned.digest != prepared.local.digest or not self._same_epochs
         if not self._names.are_fixed:
             prepared.destination = self._destination(step)
             prepared.changed = True  # all ranks have to compare what they are told
@@ -240,8 +246,9 @@ class Run:
         header: bytes | None = None
         if begun:
             facts = begun[0].facts
-            header = json.dumps([facts.prefix, facts.sequence, facts.stem]).encode("utf-8")
-        prefix, sequence, stem = json.loads(self.group.bcast(header))
+            header = json.dumps([facts.prefix, facts.sequence, facts.stem, self.steps_per_epoch]).encode("utf-8")
+        prefix, sequence, stem, self.steps_per_epoch = json.loads(self.group.bcast(header))
+        self._same_epochs = True
         self._lineage = replace(self._lineage, prefix=prefix, sequence=sequence - 1)
         name = None if name is None else stem
         prepared.ticket = begun[0] if begun else self._ticket(self._lineage, step, cause, name)
