@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,20 +16,16 @@ from parckpt.core.flat import FlatState
 from parckpt.core.manifest import Facts
 from parckpt.core.state import flatten
 from parckpt.core.version import VERSION
-from parckpt.engine import notyet
 from parckpt.engine.belonging import Owner
 from parckpt.engine.group import Group
 from parckpt.engine.local import LocalState, as_state
 from parckpt.engine.planning import check_replicas, make_plan, node_numbers
 from parckpt.engine.rounds import compare_arguments
+from parckpt.engine.saveargs import Arguments, check_place
 from parckpt.engine.saver import Saver, Ticket
-from parckpt.engine.staging import Modes
 from parckpt.engine.sweep import recover
-from parckpt.errors import (
-    ConfigError,
-    ConfigTypeError,
-)
-from parckpt.formats.registry import FORMATS
+from parckpt.errors import ConfigError, ConfigWarning
+from parckpt.formats.base import Format
 from parckpt.signals import deferred_interrupt
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem
 from parckpt.storage.identity import identify
@@ -53,13 +50,16 @@ def save_checkpoint(
     format: str = "ckpt",
     *,
     comm: Any = None,
-    remove_redundancy: bool = False,
+    remove_redundancy: bool | None = None,
+    incremental: Any = False,
+    global_step_num: int | None = None,
     split_replicas: bool | None = None,
     replica_check: bool = True,
     file_mode: int = 0o600,
     dir_mode: int = 0o700,
     agree_timeout_s: float = _TIMEOUT_S,
     filesystem: FileSystem | None = None,
+    **unknown: Any,
 ) -> None:
     """Save a state under a name; what had the name is replaced only when the new one is durable.
 
@@ -72,73 +72,40 @@ def save_checkpoint(
         The format's extension is added if it is missing. Several files (``integrated_save=False`` or
         ``remove_redundancy=True`` with ``comm``) become a directory of this name without the extension.
     append_dict : mapping, optional
-        Values to store beside the tensors.
+        Values to store beside the tensors: int, float, bool, str, ndarray or `Leaf`. None may have a tensor's name.
     choice_func : callable, optional
         Tensors whose name it maps to False are left out.
     crc_check : bool
         Add MindSpore's checksum. Our own are always on.
     format : {"ckpt", "safetensors"}
+    remove_redundancy : bool, optional
+        With ``comm``: write what several ranks hold alike once, in a file per rank.
+    incremental, global_step_num
+        MindSpore's two other keywords, without effect.
 
     Raises
     ------
-    ConfigError
-        Impossible arguments; `Shard` or `PerRank` in a launched world without ``comm``.
+    ConfigError, ConfigTypeError
+        Impossible arguments, the first in MindSpore's order; `Shard` or `PerRank` in a launched world without ``comm``.
+    NotAFileError, DirectoryNotFoundError
+        The name is a directory's; the directory to save into is not there.
     LockedError
         Another process is saving under this name.
     ParckptError
         The save failed; the previous file is untouched.
     """
+    given = dict(locals())
     fs = filesystem if filesystem is not None else PosixFileSystem()
-    split = remove_redundancy if split_replicas is None else split_replicas
-    options = {
-        "integrated_save": integrated_save,
-        "remove_redundancy": remove_redundancy,
-        "split_replicas": split,
-        "crc_check": crc_check,
-        "replica_check": replica_check,
-        "format": format,
-        "file_mode": file_mode,
-        "dir_mode": dir_mode,
-    }
-
-    def checked() -> str:
-        notyet.refuse(async_save=async_save, enc_key=enc_key)
-        return _file_path(ckpt_file_name, _form(format).extension)
-
     group = Group(resolve(SELF if comm is None else comm, os.environ), Waiter(agree_timeout_s))
     try:
         with deferred_interrupt():
-            path = _agreed_path(group, checked, options)
-            several = comm is not None and (remove_redundancy or not integrated_save)
-            saving = _Saving(
-                group,
-                fs,
-                path,
-                _form(format),
-                integrated=not several,
-                remove_redundancy=remove_redundancy,
-                split_replicas=split,
-                crc_check=crc_check,
-                replica_check=replica_check,
-                modes=Modes(file_mode, dir_mode),
-            )
-            saving.run(lambda: _flat_to_save(save_obj, choice_func, comm), dict(append_dict or {}))
+            arguments = group.run(lambda: Arguments.checked(given, together=comm is not None))
+            compare_arguments(group, arguments.compared())
+            _Saving(group, fs, arguments).run(lambda: _flat_to_save(save_obj, choice_func, comm))
     finally:
         group.comm.free()
-
-
-def _agreed_path(group: Group, checked: Callable[[], str], options: Mapping[str, Any]) -> str:
-    """Check the arguments, which must be the same on all ranks. Collective."""
-    if group.size == 1:
-        return checked()
-    path, error = "", None
-    try:
-        path = checked()
-    except Exception as problem:  # the other ranks wait for the outcome
-        error = problem
-    group.agree(error)
-    compare_arguments(group, {"ckpt_file_name": path, **options})
-    return path
+    for message in arguments.warnings if group.is_root else ():
+        warnings.warn(message, ConfigWarning, stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -147,32 +114,30 @@ class _Saving:
 
     group: Group
     fs: FileSystem
-    path: str
-    form: Any
-    integrated: bool
-    remove_redundancy: bool
-    split_replicas: bool
-    crc_check: bool
-    replica_check: bool
-    modes: Modes
+    arguments: Arguments
 
-    def run(self, flatten_state: Callable[[], FlatState], append: dict[str, Any]) -> None:
-        directory, name = os.path.split(self.path)
+    @property
+    def form(self) -> Format:
+        return self.arguments.form
+
+    def run(self, flatten_state: Callable[[], FlatState]) -> None:
+        """Save. Collective."""
+        arguments = self.arguments
+        directory, name = os.path.split(arguments.path)
         stem = name[: -len(self.form.extension)]
-        locals_: list[LocalState] = []
         locks: list[Lock] = []
         try:
-            self._agreed(lambda: locals_.append(LocalState.of(flatten_state())))
-            local = locals_[0]
+            local = self.group.run(lambda: LocalState.of(flatten_state()))
+            self._on_root(lambda: check_place(self.fs, arguments))
             planned = make_plan(
                 self.group,
                 local,
                 node_numbers(self.group),
-                integrated=self.integrated,
-                remove_redundancy=self.remove_redundancy,
-                split_replicas=self.split_replicas,
+                integrated=not arguments.several,
+                remove_redundancy=arguments.remove_redundancy,
+                split_replicas=arguments.split_replicas,
             )
-            if self.replica_check:
+            if arguments.replica_check:
                 check_replicas(self.group, local, planned)
             attempt = self.group.bcast(secrets.token_bytes(16) if self.group.is_root else None).hex()
             saver = Saver(
@@ -181,14 +146,13 @@ class _Saving:
                 SystemClock(),
                 directory,
                 self.form,
-                crc_check=self.crc_check,
-                modes=self.modes,
+                crc_check=arguments.crc_check,
+                modes=arguments.modes,
                 check=lambda: locks[0].check(),
             )
             strings = _strings(local.flat) if self.form.name == "ckpt" else {}
-            marks = {"remove_redundancy": "True"} if self.remove_redundancy else {}
-            settled = appended.settle({**strings, **append}, 0, 0)
-            ticket = Ticket(self._facts(stem, attempt, append), True, settled, marks)
+            settled = appended.settle({**strings, **arguments.append}, 0, 0)
+            ticket = Ticket(self._facts(stem, attempt, arguments.append), True, settled, arguments.marks)
             self._on_root(lambda: self._begin(directory, stem, attempt, locks, saver, planned, ticket))
             saver.save(local, planned, ticket)
         finally:
@@ -200,9 +164,11 @@ class _Saving:
     ) -> None:
         identity = identify(os.environ, attempt)
         locks.append(
-            Lock.acquire(self.fs, directory, stem, identity, SystemClock(), _LOCK_STALE_S, mode=self.modes.file)
+            Lock.acquire(
+                self.fs, directory, stem, identity, SystemClock(), _LOCK_STALE_S, mode=self.arguments.modes.file
+            )
         )
-        recover(self.fs, directory, Owner(stem, one_name=True), locks[0].check, self.modes)
+        recover(self.fs, directory, Owner(stem, one_name=True), locks[0].check, self.arguments.modes)
         try:
             saver.begin(planned, ticket)
         except Exception as error:
@@ -225,26 +191,16 @@ class _Saving:
             step_in_epoch=0,
             world_size=self.group.size,
             format=self.form.name,
-            integrated=self.integrated,
+            integrated=not self.arguments.several,
             created=SystemClock().wall(),
             reason="save_checkpoint",
-            remove_redundancy=self.remove_redundancy,
-            crc_check=self.crc_check,
+            remove_redundancy=self.arguments.remove_redundancy,
+            crc_check=self.arguments.crc_check,
             writer=f"parckpt {VERSION}",
         )
 
     def _on_root(self, step: Callable[[], None]) -> None:
-        self._agreed(step if self.group.is_root else lambda: None)
-
-    def _agreed(self, step: Callable[[], None]) -> None:
-        error: Exception | None = None
-        try:
-            step()
-        except Exception as problem:  # the other ranks wait for the outcome
-            error = problem
-        if self.group.size == 1 and error is not None:
-            raise error
-        self.group.agree(error)
+        self.group.run(step if self.group.is_root else lambda: None)
 
 
 def _flat_to_save(save_obj: Any, choice_func: Callable[[str], bool] | None, comm: Any) -> FlatState:
@@ -274,23 +230,3 @@ def _refuse_parts(flat: FlatState) -> None:
             f"{parts[0]!r} is a Shard or PerRank, and {variable}={size} says that there are other ranks: "
             "pass comm=MPI.COMM_WORLD to save all of them together, or comm=parckpt.SELF for this process alone"
         )
-
-
-def _file_path(name: str | os.PathLike[str], extension: str) -> str:
-    path = os.fspath(name)
-    if not isinstance(path, str):
-        raise ConfigTypeError(f"ckpt_file_name must be a str, not {type(name).__name__}")
-    if not os.path.basename(path):
-        raise ConfigError(f"ckpt_file_name {path!r} has no file name")
-    path = path if path.endswith(extension) else path + extension
-    if os.path.basename(path) == extension:
-        raise ConfigError(f"ckpt_file_name {path!r} has no name before the extension")
-    if os.path.basename(path).startswith("."):
-        raise ConfigError(f"ckpt_file_name {path!r} begins with a dot: such names are what parckpt sweeps")
-    return os.path.abspath(path)
-
-
-def _form(name: Any) -> Any:
-    if name not in FORMATS:
-        raise ConfigError(f"format must be one of {', '.join(FORMATS)}, not {name!r}", parameter="format")
-    return FORMATS[name]

@@ -10,8 +10,9 @@ import pytest
 
 from parckpt.core.leaves import PerRank, Shard
 from parckpt.core.state import flatten
+from parckpt.engine.saveargs import file_form, file_path
 from parckpt.errors import ConfigError, ConfigTypeError
-from parckpt.savefile import _file_path, _flat_to_save, _form, _refuse_parts, _strings
+from parckpt.savefile import _flat_to_save, _refuse_parts, _strings
 
 pytestmark = pytest.mark.fast
 
@@ -28,34 +29,34 @@ pytestmark = pytest.mark.fast
     ],
 )
 def test_paths(name: Any, extension: str, path: str) -> None:
-    assert _file_path(name, extension) == path
+    assert file_path(name, extension) == path
 
 
 def test_relative_paths_are_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert _file_path("x", ".ckpt") == str(tmp_path / "x.ckpt")
-    assert _file_path("./a/x", ".ckpt") == str(tmp_path / "a" / "x.ckpt")
+    assert file_path("x", ".ckpt") == str(tmp_path / "x.ckpt")
+    assert file_path("./a/x", ".ckpt") == str(tmp_path / "a" / "x.ckpt")
 
 
 @pytest.mark.parametrize("name", ["", "/", "/d/", ".ckpt", "/d/.ckpt", "/d/.x", "..", "/d/..", "."])
 def test_names_that_are_none(name: str) -> None:
     with pytest.raises(ConfigError):
-        _file_path(name, ".ckpt")
+        file_path(name, ".ckpt")
 
 
 @pytest.mark.parametrize("name", [b"/d/x", Path("/d/x").parts, 5, None])
 def test_paths_of_wrong_types(name: Any) -> None:
     with pytest.raises(TypeError):
-        _file_path(name, ".ckpt")
+        file_path(name, ".ckpt")
     with pytest.raises(ConfigTypeError):
-        _file_path(b"x", ".ckpt")  # type: ignore[arg-type]
+        file_path(b"x", ".ckpt")  # type: ignore[arg-type]
 
 
 def test_formats() -> None:
-    assert [_form(name).extension for name in ("ckpt", "safetensors")] == [".ckpt", ".safetensors"]
+    assert [file_form(name).extension for name in ("ckpt", "safetensors")] == [".ckpt", ".safetensors"]
     for bad in ("CKPT", "h5", "", None):
         with pytest.raises(ConfigError, match="format must be one of"):
-            _form(bad)
+            file_form(bad)
 
 
 STATE = {
