@@ -19,6 +19,7 @@ __all__ = [
     "ConfigTypeError",
     "ConfigWarning",
     "DirectoryNotFoundError",
+    "FileInTheWayError",
     "FormatError",
     "IntegrityError",
     "InternalError",
@@ -207,6 +208,12 @@ class DirectoryNotFoundError(StorageError, FileNotFoundError):
     """The directory to write into is not there."""
 
     code = "no-directory"
+
+
+class FileInTheWayError(StorageError, NotADirectoryError):
+    """A file has the name that is a directory's."""
+
+    code = "file-in-the-way"
 
 
 class SyncError(StorageError):

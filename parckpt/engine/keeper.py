@@ -22,7 +22,7 @@ from parckpt.engine.deleting import remove_taken, take_away
 from parckpt.engine.pins import is_pinned
 from parckpt.engine.staging import Modes
 from parckpt.engine.sweep import Swept, recover
-from parckpt.errors import CheckpointNotFoundError, LockedError, StorageError
+from parckpt.errors import CheckpointNotFoundError, FileInTheWayError, LockedError, StorageError
 from parckpt.storage.atomic import read_file, replace_file
 from parckpt.storage.filesystem import FileSystem, opened, try_stat
 from parckpt.storage.identity import Identity
@@ -276,7 +276,7 @@ def make_directory(fs: FileSystem, path: str, mode: int) -> None:
     stat = try_stat(fs, path)
     if stat is not None:
         if not stat.is_dir:
-            raise StorageError(f"{path} is not a directory", errno=errno.ENOTDIR, operation="mkdir", path=path)
+            raise FileInTheWayError(f"{path} is not a directory", errno=errno.ENOTDIR, operation="mkdir", path=path)
         return
     parent = os.path.dirname(path.rstrip("/")) or "."
     make_directory(fs, parent, mode)
