@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from parckpt.comm.launch import SELF, resolve
 from parckpt.comm.wait import Waiter
 from parckpt.core.netfill import complaints
 from parckpt.core.state import State
+from parckpt.core.strategy import Strategy
 from parckpt.engine.group import Group
 from parckpt.engine.loadargs import Arguments
 from parckpt.engine.loading import Loading, load_own
@@ -18,6 +20,7 @@ from parckpt.errors import StateWarning
 from parckpt.netload import fill_net
 from parckpt.signals import deferred_interrupt
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem
+from parckpt.strategies import as_strategy, name_of
 
 __all__ = ["load_checkpoint"]
 
@@ -39,6 +42,7 @@ def load_checkpoint(
     *,
     comm: Any = None,
     allow_unverified: bool | None = None,
+    strategy: Strategy | str | os.PathLike[str] | None = None,
     agree_timeout_s: float = _TIMEOUT_S,
     filesystem: FileSystem | None = None,
 ) -> dict[str, Any]:
@@ -68,6 +72,9 @@ def load_checkpoint(
     allow_unverified : bool, optional
         A file without a manifest cannot be verified. None: warn, but refuse in a directory where parckpt has
         published; True: say nothing; False: refuse.
+    strategy : Strategy or str, optional
+        MindSpore's strategy, or its file: how the ``rank_<n>`` files of a directory fit together. Not used for what
+        has a manifest, and for a single file.
 
     Returns
     -------
@@ -102,13 +109,21 @@ def load_checkpoint(
     group = Group(resolve(SELF if comm is None else comm, os.environ), Waiter(agree_timeout_s))
     try:
         with deferred_interrupt():
-            arguments = group.run(lambda: Arguments.checked(given))
+            arguments = group.run(lambda: _checked(group, fs, given, strategy))
             loaded = _load(group, fs, arguments, net, said)
     finally:
         group.comm.free()
     for message in said:
         warnings.warn(message, StateWarning, stacklevel=2)
     return loaded
+
+
+def _checked(
+    group: Group, fs: FileSystem, given: Mapping[str, Any], strategy: Strategy | str | os.PathLike[str] | None
+) -> Arguments:
+    """The arguments; the strategy is read on root, which alone opens checkpoints."""
+    cuts = as_strategy(strategy, fs) if group.is_root else None
+    return replace(Arguments.checked(given), strategy=cuts, strategy_name=name_of(strategy))
 
 
 def _load(group: Group, fs: FileSystem, arguments: Arguments, net: State | None, said: list[str]) -> dict[str, Any]:

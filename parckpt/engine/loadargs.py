@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parckpt.core import checks
+from parckpt.core.strategy import Strategy
 from parckpt.errors import ConfigError, ConfigTypeError
 from parckpt.formats.registry import FORMATS
 
@@ -26,6 +27,10 @@ class Arguments:
         None: by the extension.
     keep : callable
         Whether a name in the file is wanted; ConfigError if the caller's own rule fails.
+    strategy : Strategy or None
+        How the files of several ranks fit together; on root alone.
+    strategy_name : str or None
+        What ranks compare of it.
     """
 
     path: str
@@ -36,6 +41,8 @@ class Arguments:
     format: str | None = None
     dec_key: bytes | None = field(default=None, repr=False)
     allow_unverified: bool | None = None
+    strategy: Strategy | None = None
+    strategy_name: str | None = None
 
     @classmethod
     def checked(cls, given: Mapping[str, Any]) -> Arguments:

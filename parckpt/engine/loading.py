@@ -55,6 +55,7 @@ class Loading:
             "ckpt_file_name": arguments.path,
             "strict_load": arguments.strict,
             "crc_check": arguments.crc_check,
+            "strategy": arguments.strategy_name,
         }
         compare_arguments(self.group, given)
         if flat is None and self.group.size == 1 and _is_foreign_file(self.fs, arguments.path):
@@ -78,7 +79,14 @@ class Loading:
         return flat
 
     def _request(self, selection: Selection) -> Request:
-        return Request(selection, path=self.arguments.path, allow_inconsistent=True, form=self.arguments.format)
+        arguments = self.arguments
+        return Request(
+            selection,
+            path=arguments.path,
+            allow_inconsistent=True,
+            form=arguments.format,
+            strategy=arguments.strategy,
+        )
 
     def _everything(self, restored: Restored) -> dict[str, Any]:
         """Whole tensors, then what else the file holds; what belongs to one rank as ``<name>@rank_<r>``."""
@@ -194,7 +202,8 @@ class Loading:
         path, form = self.arguments.path, self.arguments.format
         manifest = load_manifest(self.fs, found) if found is not None else None
         if manifest is None:
-            manifest = foreign.open_foreign(self.fs, path, check=False, form=form)
+            cuts = self.arguments.strategy if is_dir else None
+            manifest = foreign.open_foreign(self.fs, path, check=False, form=form, strategy=cuts)
         root = path if is_dir else os.path.dirname(path)
         for file in manifest.contents.files:
             name = os.path.join(root, file.path if is_dir else os.path.basename(path))
