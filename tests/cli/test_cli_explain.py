@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,16 @@ def train(directory: Path, first: int, last: int, *, end: bool = False, **option
             ckpt.step_end({"w": np.full(3, float(step))}, step, metrics={"loss": abs(step - 10.5)})
         if not end:
             ckpt.close()
+
+
+@pytest.fixture(autouse=True)
+def _in_utc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
 
 
 def by_step(content: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -145,3 +157,27 @@ def test_nothing_there(call: Any, tmp_path: Path) -> None:
         with pytest.raises(parckpt.CheckpointNotFoundError):
             ckpt.restore({"w": np.zeros(3)})
         ckpt.close()
+
+
+def test_the_output_in_the_docs(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = ManualClock(1710030200.0)
+    config = parckpt.CheckpointConfig(
+        save_checkpoint_steps=100,
+        keep_checkpoint_max=2,
+        triggers=[parckpt.EverySeconds(3600)],
+        ephemeral_steps=50,
+        keep_best=1,
+        best_metric="loss",
+    )
+    ckpt = parckpt.ModelCheckpoint("llama", "ckpts", config, comm=parckpt.SELF, clock=clock)
+    for step in range(10, 360, 10):
+        clock.advance(200.0)
+        state = {"w": np.full(131072, float(step))}
+        ckpt.step_end(lambda state=state: state, step, metrics={"loss": 2 + step / 1000})  # type: ignore[misc]
+    ckpt.close()
+    clock.advance(55.0)
+    monkeypatch.setattr("parckpt.cli.explain.SystemClock", lambda: clock)
+    out = call("explain", "ckpts").out
+    documented = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    block = documented.partition("<!-- explain -->\n```\n")[2].partition("```")[0]
+    assert f"$ parckpt explain ckpts\n{out}" == block
