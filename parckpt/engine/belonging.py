@@ -87,8 +87,10 @@ def facts_of_hidden(fs: FileSystem, directory: str, stem: str, kind: str, token:
         paths = [os.path.join(directory, name) for name in names]
         found = [one for p in paths if try_stat(fs, p) is not None and (one := find_at(fs, p)) is not None]
         return next((one.facts for one in found if one.token == token), None)
-    facts = read_facts(fs, os.path.join(path, naming.PLAN), "plan")[0]
-    facts = facts or read_facts(fs, os.path.join(path, naming.MANIFEST))[0]
+    facts, stat = None, try_stat(fs, path)
+    if stat is not None and stat.is_dir:
+        facts = read_facts(fs, os.path.join(path, naming.PLAN), "plan")[0]
+        facts = facts or read_facts(fs, os.path.join(path, naming.MANIFEST))[0]
     if facts is None and kind == "trash":  # a file's manifest stays beside it until it is gone
         beside = (name for name in fs.listdir(directory) if manifest_stem(name) == stem and f".{token}." in name)
         facts = next((read_facts(fs, os.path.join(directory, name))[0] for name in beside), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from parckpt.core import naming
@@ -60,10 +60,6 @@ class Destination:
 
     directory: str
     name: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Fields by name."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 
 from parckpt.engine.catalog import scan
 from parckpt.engine.keeper import Keeper
+from parckpt.errors import LockedError
 from parckpt.storage.filesystem import FileSystem, try_stat
 
 __all__ = ["Places"]
+
+log = logging.getLogger("parckpt")
 
 
 class Places:
@@ -35,8 +39,7 @@ class Places:
         self._fs, self._take = fs, take
         self.home = self.present = take(home)
         try:
-            for last in self.directories()[1:][-1:]:
-                take(last).close()
+            self._recover_last()
         except BaseException:
             self.close()
             raise
@@ -46,6 +49,14 @@ class Places:
         noted = [os.path.normpath(os.path.join(self.home.directory, path)) for path in self.home.noted_directories()]
         there = [path for path in noted if (stat := try_stat(self._fs, path)) is not None and stat.is_dir]
         return [self.home.directory, *(path for path in there if path != self.home.directory)]
+
+    def _recover_last(self) -> None:
+        """Finish what a crash left in the directory used last; in those before it nothing was under way."""
+        for last in self.directories()[1:][-1:]:
+            try:
+                self._take(last).close()
+            except LockedError as error:
+                log.warning("nothing is finished or swept in %s, which another run holds: %s", last, error)
 
     def enter(self, directory: str) -> None:
         """Save to another directory from now on; the one before is given up, unless it is home.
@@ -58,15 +69,12 @@ class Places:
         if directory == self.present.directory:
             return
         before = self.present
-        entered = self.home if directory == self.home.directory else self._take(directory)
-        if entered is not self.home:
-            try:
-                # Before anything is saved there: what is published must be found.
-                self.home.note_directory(os.path.relpath(directory, self.home.directory))
-            except BaseException:
-                entered.close()
-                raise
-        self.present = entered
+        if directory == self.home.directory:
+            self.present = self.home
+        else:
+            # Before anything is written there: what is left by a crash must be found, and what is published.
+            self.home.note_directory(os.path.relpath(directory, self.home.directory))
+            self.present = self._take(directory)
         if before is not self.home:
             before.close()
 

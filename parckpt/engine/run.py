@@ -263,7 +263,9 @@ class Run:
         LockedError, StorageError
             The directory cannot be had; the run stays in the one before.
         """
-        compare_arguments(self.group, {f"what {name} returned": value for name, value in destination.to_json().items()})
+        compare_arguments(
+            self.group, {"what prefix returned": destination.name, "what directory returned": destination.directory}
+        )
         if destination.directory == self.directory:
             return
         self._on_root(lambda: self.places.enter(destination.directory))

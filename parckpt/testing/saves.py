@@ -25,6 +25,7 @@ from parckpt.testing.world import run_world
 __all__ = [
     "DIRECTORY",
     "MODES",
+    "NAMED",
     "PREFIX",
     "abandon",
     "check",
@@ -49,12 +50,21 @@ MODES: dict[str, dict[str, Any]] = {
     "deduplicated-safetensors": {"remove_redundancy": True, "format": "safetensors"},
 }
 
+# With a callable prefix: a name for each step, or the same one again and again.
+NAMED: dict[str, tuple[Callable[[Any], str], dict[str, Any]]] = {
+    "named": (lambda parameters: f"at {parameters.cur_step_num}", {}),
+    "named-per-rank": (lambda parameters: f"at {parameters.cur_step_num}", {"integrated_save": False}),
+    "latest": (lambda parameters: "latest", {}),
+    "latest-per-rank": (lambda parameters: "latest", {"integrated_save": False}),
+}
+
 _ROWS, _COLUMNS = 11, 3
 
 
 def config(mode: str, **options: Any) -> parckpt.CheckpointConfig:
     """Options of a mode: a save at each step."""
-    return parckpt.CheckpointConfig(**{"save_checkpoint_steps": 1, "keep_checkpoint_max": 4, **MODES[mode], **options})
+    given = NAMED[mode][1] if mode in NAMED else MODES[mode]
+    return parckpt.CheckpointConfig(**{"save_checkpoint_steps": 1, "keep_checkpoint_max": 4, **given, **options})
 
 
 def make_state(rank: int, size: int, version: int = 0) -> dict[str, Any]:
@@ -119,7 +129,8 @@ def started(fs: FileSystem, mode: str, comm: Any = parckpt.SELF, **options: Any)
     """
     if getattr(comm, "rank", 0) == 0:
         break_lock(fs, DIRECTORY, PREFIX)
-    run = ModelCheckpoint(PREFIX, DIRECTORY, config(mode, **options), comm=comm, filesystem=fs)
+    prefix: Any = NAMED[mode][0] if mode in NAMED else PREFIX
+    run = ModelCheckpoint(prefix, DIRECTORY, config(mode, **options), comm=comm, filesystem=fs, family=PREFIX)
     try:
         yield run
     except SimulatedCrash:
@@ -200,17 +211,17 @@ def unexpected(fs: MemoryFileSystem) -> list[str]:
     A record that a loss of power brought back into a published directory does no harm and is not searched for: 4,096
     ranks would take a start too long.
     """
-    names = fs.listdir(DIRECTORY)
-    parsed = {name: naming.parse(name) for name in names if name != naming.run_name(PREFIX)}
-    data = [str(one.stem) for one in parsed.values() if one and one.kind == "data"]
-    manifests = [str(one.stem) for one in parsed.values() if one and one.kind == "manifest"]
-    wrong = [name for name, one in parsed.items() if one is None or one.kind not in ("data", "manifest", "step")]
+    names = [name for name in fs.listdir(DIRECTORY) if name != naming.run_name(PREFIX)]
+    endings = tuple(f".{extension}" for extension in naming.EXTENSIONS.values())
+    steps = [name for name in names if not name.startswith(".") and fs.stat(os.path.join(DIRECTORY, name)).is_dir]
+    data = [name.rpartition(".")[0] for name in names if name.endswith(endings)]
+    manifests = [name.rsplit(".", 2)[0] for name in names if name.endswith(".manifest")]
+    wrong = [name for name in names if name not in steps and not name.endswith((*endings, ".manifest"))]
     wrong += [
         f"manifests of {stem}" for stem in {*data, *manifests} if (data.count(stem), manifests.count(stem)) != (1, 1)
     ]
-    for name, one in parsed.items():
-        if one and one.kind == "step":
-            wrong += [f"{name}/{inner}" for inner in _unexpected_inside(fs, os.path.join(DIRECTORY, name), name)]
+    for name in steps:
+        wrong += [f"{name}/{inner}" for inner in _unexpected_inside(fs, os.path.join(DIRECTORY, name), name)]
     return wrong
 
 
