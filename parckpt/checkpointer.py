@@ -62,9 +62,10 @@ class ModelCheckpoint(CallbackShape):
     Parameters
     ----------
     prefix : str or callable
-        Begin of the names, ``<prefix>-<epoch>_<step in epoch>``. A callable is called at each save with the parameters
-        of the step (`Parameters`, or what the training loop has) and returns the whole name without extension, the
-        same on all ranks. A name that it returns again replaces what this run saved under it before.
+        Begin of the names, ``<prefix>-<epoch>_<step in epoch>``. A callable is called at each save with an object that
+        has ``cur_step_num``, ``cur_epoch_num``, ``batch_num`` and what else the training loop tells, and returns the
+        whole name without extension, the same on all ranks. A name that it returns again replaces what this run saved
+        under it before.
     directory : str, path-like or callable, optional
         Where checkpoints go; made if it is missing. Default: the working directory. A callable is called like that of
         ``prefix``, and once at the start, at step 0: `restore` looks into what it returns then, and into all that the
@@ -597,10 +598,9 @@ class ModelCheckpoint(CallbackShape):
         return History(min(facts.counted_step, self._step), now, ephemeral_step=self._step)
 
     def _parameters_at(self, step: int) -> Any:
-        """What callable names get: the training loop's own parameters, if it has any."""
-        if self.loop is not None:
-            return self.loop.parameters
-        return Parameters.at(step, self._run.steps_per_epoch)
+        """What callable names get."""
+        loop = None if self.loop is None else self.loop.parameters
+        return Parameters.at(step, self._run.steps_per_epoch, loop)
 
     def _state_or_none(self) -> State | None:
         if self._state is not None:

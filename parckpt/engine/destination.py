@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from parckpt.core import naming
@@ -23,7 +23,11 @@ _MAX_DIRECTORY_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a callable prefix or directory is called with, where no training loop hands in parameters of its own.
+    """What a callable prefix or directory is called with.
+
+    All else that a training loop tells of itself (``epoch_num``, ``net_outputs``, whatever it has) can be asked for
+    too, as attribute or item. The numbers are those of the run: a loop that begins anew after a restore counts from 1
+    again, and names made of that would come again.
 
     Attributes
     ----------
@@ -38,12 +42,28 @@ class Parameters:
     cur_step_num: int
     cur_epoch_num: int
     batch_num: int
+    loop: Any = field(default=None, repr=False)
 
     @classmethod
-    def at(cls, step: int, steps_per_epoch: int | None) -> Parameters:
-        """Those of a step's end."""
+    def at(cls, step: int, steps_per_epoch: int | None, loop: Any = None) -> Parameters:
+        """Those of a step's end; ``loop`` is what the training loop tells."""
         epoch, _ = naming.epoch_and_step(max(1, step), steps_per_epoch)
-        return cls(step, epoch, steps_per_epoch or max(1, step))
+        return cls(step, epoch, steps_per_epoch or max(1, step), loop)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "loop":
+            raise AttributeError(name)
+        # MindSpore's are a dict that may be asked for attributes: a missing one is a KeyError there.
+        told = self.loop.get(name) if isinstance(self.loop, Mapping) else getattr(self.loop, name, None)
+        if told is None:
+            raise AttributeError(f"the training loop has told no {name}")
+        return told
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return getattr(self, name)
+        except AttributeError as error:
+            raise KeyError(name) from error
 
 
 @dataclass(frozen=True)

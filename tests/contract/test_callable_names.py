@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,41 @@ def test_the_name_is_what_was_returned(integrated: bool) -> None:
     listed = parckpt.list_checkpoints(HOME, filesystem=disk)
     assert [info.step for info in listed] == [9, 8, 5, 1]
     assert parckpt.latest_checkpoint(HOME, prefix="CKP", filesystem=disk) == paths[-1]
+
+
+class Loop:
+    """A training loop's context; it counts from 1 at each start."""
+
+    def __init__(self, step: int, as_mapping: bool) -> None:
+        told = {"cur_step_num": step, "cur_epoch_num": (step + 3) // 4, "batch_num": 4, "epoch_num": 9}
+        self.told: Any = told if as_mapping else SimpleNamespace(**told)
+
+    def original_args(self) -> Any:
+        return self.told
+
+
+@pytest.mark.parametrize("as_mapping", [True, False])
+def test_in_a_training_loop_it_gets_what_the_loop_tells_with_the_steps_of_the_run(as_mapping: bool) -> None:
+    disk = MemoryFileSystem()
+    seen: list[Any] = []
+
+    def prefix(p: Any) -> str:
+        seen.append((p.cur_step_num, p["cur_epoch_num"], p.batch_num, p.epoch_num, hasattr(p, "loss")))
+        with pytest.raises(KeyError):
+            p["loss"]
+        return by_step(p)
+
+    for _ in range(2):
+        state = {"w": np.ones(2)}
+        config = CheckpointConfig(saved_network=state, save_checkpoint_steps=3)
+        with ModelCheckpoint(prefix, HOME, config, comm=SELF, filesystem=disk) as ckpt:
+            ckpt.restore(state)
+            ckpt.begin(Loop(0, as_mapping))
+            for step in range(1, 7):
+                state["w"] += 1
+                ckpt.step_end(Loop(step, as_mapping))
+    assert seen == [(3, 1, 4, 9, False), (6, 2, 4, 9, False), (9, 3, 4, 9, False), (12, 3, 4, 9, False)]
+    assert names(disk) == ["at_12.ckpt", "at_3.ckpt", "at_6.ckpt", "at_9.ckpt"]
 
 
 @LAYOUTS
