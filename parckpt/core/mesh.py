@@ -51,9 +51,9 @@ class Layout:
         not cut.
     shard_step, shard_size : int
         Optimizer sharding as in MindSpore's strategy files: dimension 0 of each slice is cut once more, among groups
-        of `shard_size` of the ranks that hold the slice. 0: it is not. -1: among ``nranks // shard_step`` of them, or
-        among all if `shard_step` is 0. Where the number of holders cannot be divided by `shard_size` they all keep
-        the whole slice.
+        of `shard_size` of the ranks that hold the slice; 0: it is not, -1: among all of them. Where the number of
+        holders cannot be divided by `shard_size` they all keep the whole slice. `shard_step` is kept for the files; it
+        decides nothing.
     first_rank : int
         Rank that the mesh begins with (of a pipeline stage).
 
@@ -142,9 +142,7 @@ class Layout:
     @property
     def wanted_parts(self) -> int:
         """Into how many parts `shard_size` asks to cut each slice; 0 for none."""
-        if self.shard_size >= 0:
-            return self.shard_size
-        return self.nranks // self.shard_step if self.shard_step else self.holders
+        return self.holders if self.shard_size < 0 else self.shard_size
 
     @cached_property
     def optimizer_parts(self) -> int:

@@ -32,7 +32,12 @@ def mindspore_groups(layout: Layout) -> Groups:
     MindSpore job saves the slice.
     """
     wanted = layout.wanted_parts
-    return layout.groups() if wanted <= 1 or layout.holders % wanted == 0 else ()
+    if layout.shard_size < 0 and layout.shard_step:
+        wanted = layout.nranks // layout.shard_step  # the holders only where the free mesh axes are the first ones
+    if wanted > 1 and layout.holders % wanted:
+        return ()
+    cut = Layout(layout.mesh_shape, None, layout.tensor_map, shard_size=wanted, first_rank=layout.first_rank)
+    return cut.groups()
 
 
 def mindspore_owners(groups: Mapping[str, Sequence[Sequence[int]]], keep_redundancy: int = 1) -> dict[int, set[str]]:

@@ -73,7 +73,7 @@ def test_optimizer_sharding_cuts_dimension_0_of_each_slice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "size", "parts"), [(1, -1, 4), (0, -1, 4), (2, -1, 2), (1, 2, 2), (1, 3, 1), (1, 0, 1), (1, 8, 1)]
+    ("step", "size", "parts"), [(1, -1, 4), (0, -1, 4), (2, -1, 4), (1, 2, 2), (1, 3, 1), (1, 0, 1), (1, 8, 1)]
 )
 def test_how_many_optimizer_parts(step: int, size: int, parts: int) -> None:
     layout = Layout((4,), None, (-1,), shard_step=step, shard_size=size)

@@ -82,6 +82,12 @@ def test_what_mindspore_drops_is_kept() -> None:
     layout = Layout((6,), None, (-1,), shard_step=1, shard_size=4)
     assert mindspore_groups(layout) == ()
     assert redundancy_map({"w": layout}) == {"w": ((0, 1, 2, 3, 4, 5),)}
+    # All holders shall share a slice; MindSpore takes their number from the step, which fits for leading axes only.
+    leading = Layout((2, 2), None, (0,), shard_step=2, shard_size=-1)
+    assert mindspore_groups(leading) == leading.groups() == ((0,), (2,), (1,), (3,))
+    last = Layout((2, 2), None, (1,), shard_step=1, shard_size=-1)
+    assert (mindspore_groups(last), last.groups()) == ((), ((0,), (1,), (2,), (3,)))
+    assert mindspore_groups(Layout((4,), None, (), shard_step=2, shard_size=-1)) == ((0, 2), (1, 3))
 
 
 def test_a_tensor_of_two_stages_has_the_groups_of_both() -> None:
