@@ -371,10 +371,14 @@ class ModelCheckpoint(CallbackShape):
         step : int, optional
             Default: the one after the last.
         """
-        due = self._group.is_root and self._decide(self._step + 1 if step is None else step).save
+        prepared, due = Prepared(), False
+        try:
+            due = self._group.is_root and self._decide(self._step + 1 if step is None else step).save
+        except ParckptError as error:  # the round carries the outcome
+            prepared.error = error
         with deferred_interrupt():
             # A poll, so that ranks in other calls are met; nothing is saved.
-            return self._round(Call.POLL, self._step, Prepared(), due_at_end=due).due_at_end
+            return self._round(Call.POLL, self._step, prepared, due_at_end=due).due_at_end
 
     def wait(self) -> None:
         """Return when everything saved so far is published. Collective."""

@@ -266,7 +266,7 @@ class CheckpointConfig:
         Objects appear by type; of the key only whether there is one.
         """
         shown = dict(self._options, split_replicas=self.split_replicas)
-        shown["triggers"] = [str(trigger) for trigger in self.triggers]
+        shown["triggers"] = [repr(trigger) for trigger in self.triggers]
         shown["enc_key"] = None if self.enc_key is None else "<set>"
         shown["saved_network"] = None if self.saved_network is None else f"<{type(self.saved_network).__name__}>"
         if self.append_dict is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -110,7 +111,8 @@ class AtSteps:
 
     def next_step(self, after: int, steps_per_epoch: int | None) -> int | None:
         """The first of its steps behind ``after``; None if that was all."""
-        return next((step for step in self.steps if step > after), None)
+        place = bisect_right(self.steps, after)
+        return self.steps[place] if place < len(self.steps) else None
 
 
 @dataclass(frozen=True)

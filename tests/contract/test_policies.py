@@ -242,6 +242,16 @@ def test_epochs_of_unknown_length_are_refused_at_the_first_step() -> None:
     with pytest.raises(ConfigError, match="steps_per_epoch"):
         train(MemoryFileSystem(), [1], triggers=[parckpt.EveryEpochs(1)], save_checkpoint_steps=0)
 
+    def ask(comm: Communicator, rank: int) -> None:
+        config = parckpt.CheckpointConfig(triggers=[parckpt.EveryEpochs(1)])
+        with parckpt.ModelCheckpoint("m", PLACE, config, comm=comm, filesystem=fs) as ckpt:
+            with pytest.raises(ConfigError, match="steps_per_epoch"):
+                ckpt.need_checkpoint()
+            ckpt.close()
+
+    fs = MemoryFileSystem()
+    run_world(2, ask)
+
 
 # What manifests say.
 
