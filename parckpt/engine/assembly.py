@@ -85,6 +85,7 @@ class Assembly:
         self._tensors: dict[str, _Tensor] = {}
         self._append: dict[str, Any] = {}
         self._unlike: dict[str, list[int]] = {}
+        self._crcs: dict[int, int] = {}  # by identity of the entry; the files hold on to them
 
     def manifest(self, path: str) -> Manifest:
         """Describe the checkpoint at `path`. Only headers are read, and what has to be compared.
@@ -235,8 +236,18 @@ class Assembly:
     def _same(self, a: _Held, b: _Held) -> bool:
         if (a.item.type, a.item.shape) != (b.item.type, b.item.shape):
             return False
-        with InputFile(self._fs, self._path(a)) as left, InputFile(self._fs, self._path(b)) as right:
-            return _crc(left, a.item) == _crc(right, b.item)
+        return self._crc(a) == self._crc(b)
+
+    def _crc(self, held: _Held) -> int:
+        """Checksum of an entry; remembered, since one entry is compared with those of many ranks."""
+        known = self._crcs.get(id(held.item))
+        if known is None:
+            known = 0
+            with InputFile(self._fs, self._path(held)) as source:
+                for block in blocks(source, held.item.extents):
+                    known = crc32(block, known)
+            self._crcs[id(held.item)] = known
+        return known
 
     def _contents(self) -> Contents:
         numbers = {id(file): number for number, file in enumerate(self._files)}
@@ -266,13 +277,6 @@ def blocks(source: InputFile, extents: Iterable[Any]) -> Iterator[bytes]:
     for extent in extents:
         for start in range(0, extent.nbytes, CHUNK_NBYTES):
             yield source.read(extent.byte_offset + start, min(CHUNK_NBYTES, extent.nbytes - start))
-
-
-def _crc(source: InputFile, item: IndexedEntry) -> int:
-    crc = 0
-    for block in blocks(source, item.extents):
-        crc = crc32(block, crc)
-    return crc
 
 
 def _stored(file: RankFile) -> StoredFile:
