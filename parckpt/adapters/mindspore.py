@@ -33,10 +33,12 @@ class MindSpore:
     """The adapter (see `parckpt.core.adapting`)."""
 
     def as_leaf(self, value: Any) -> Leaf | None:
-        """A leaf of a Tensor or Parameter; other ranks' slices of it are not known here."""
-        kind = _class("mindspore", "Tensor")
-        if kind is None or not isinstance(value, kind):
+        """A leaf of a Tensor, Parameter, or random Generator's state; other ranks' slices are not known here."""
+        kinds = tuple(filter(None, (_class("mindspore", name) for name in ("Tensor", "Parameter", "Generator"))))
+        if not isinstance(value, kinds):
             return None
+        if hasattr(value, "get_state"):
+            return _generator(value)
         if hasattr(value, "key_dtype"):
             raise ConfigTypeError(f"{value.name!r} is a MapParameter: hash tables cannot be saved, only tensors")
         dtype = dtypes.by_ckpt(str(value.dtype))
@@ -67,6 +69,17 @@ class MindSpore:
         return found
 
 
+def _generator(generator: Any) -> Leaf:
+    make = _class("mindspore", "Tensor")
+    shape = generator.get_state().shape
+    return Leaf(
+        shape,
+        "uint8",
+        lambda out: np.copyto(out, generator.get_state().asnumpy()),
+        lambda array: generator.set_state(make(array)),
+    )
+
+
 def _read(tensor: Any, dtype: DType, out: np.ndarray[Any, Any]) -> None:
     if getattr(tensor, "has_init", False):
         tensor.init_data()  # not yet made: its values are those that training would begin with
@@ -79,7 +92,8 @@ def _read(tensor: Any, dtype: DType, out: np.ndarray[Any, Any]) -> None:
 def _write(tensor: Any, dtype: DType, array: np.ndarray[Any, Any]) -> None:
     make = _class("mindspore", "Tensor")
     if dtype.numpy.kind in _NUMPY_KINDS:
-        value = make(array, tensor.dtype)  # a copy
+        # "=": a dtype that says "little-endian" in so many words is unknown to it where the numbers are complex.
+        value = make(array.view(array.dtype.newbyteorder("=")), tensor.dtype)  # a copy
     else:
         value = make(make.convert_bytes_to_tensor(array.tobytes(), tuple(array.shape), tensor.dtype))
     assign = getattr(tensor, "set_data", None) or tensor.assign_value
@@ -91,9 +105,10 @@ def _refuse_slices(parameters: Mapping[str, Any], layouts: Mapping[str, Any]) ->
     for name in parameters:
         layout = layouts.get(name)
         if layout and (any(axis != -1 for axis in layout[1]) or (len(layout) > 5 and layout[5])):
+            whole = list(layout[6]) if len(layout) > 6 else "global_shape"
             raise ConfigError(
-                f"the parameter {name!r} is cut over devices, matrix {list(layout[0])}, map {list(layout[1])}: hand in "
-                "a mapping with parckpt.Shard(parameter, global_shape, offsets) in its place"
+                f"the parameter {name!r} is cut over devices: hand in a mapping in which, in its place, stands "
+                f"parckpt.Layout({list(layout[0])}, None, {list(layout[1])}).shard(parameter, {whole}, rank)"
             )
 
 
