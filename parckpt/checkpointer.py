@@ -247,7 +247,9 @@ class ModelCheckpoint(CallbackShape):
         prepared = Prepared()
         request = Request()
         flat = None
+        cuts: str | None = None
         try:
+            cuts = name_of(strategy)
             request = Request(
                 Selection(only, exclude, name_map, strict, cast),
                 step,
@@ -267,7 +269,7 @@ class ModelCheckpoint(CallbackShape):
             # What each rank names in its state may differ; which checkpoint is meant, and how strictly, may not.
             given = {"step": step, "path": request.path, "strict": strict, "cast": cast, "fallback": fallback}
             given |= {"required": required, "min_step": min_step, "allow_inconsistent": allow_inconsistent}
-            given["strategy"] = name_of(strategy)
+            given["strategy"] = cuts
             compare_arguments(self._group, given)
             try:
                 restored = self._run.restorer(required=bool(required)).restore(flat, request)
