@@ -28,7 +28,7 @@ from parckpt.storage.filesystem import FileSystem, opened, try_stat
 from parckpt.storage.identity import Identity
 from parckpt.storage.lock import Lock
 
-__all__ = ["Keeper", "candidate_of", "make_directory"]
+__all__ = ["Heartbeat", "Keeper", "candidate_of", "make_directory"]
 
 log = logging.getLogger("parckpt")
 
@@ -37,7 +37,7 @@ _MAX_NOTED_NBYTES = 48 << 10  # of directories in the run file: some thousands, 
 
 
 @dataclass
-class _Heartbeat:
+class Heartbeat:
     """Refreshes the lock from a thread: a step may take longer than the lock's patience."""
 
     lock: Lock
@@ -88,7 +88,7 @@ class Keeper:
         self.fs, self.directory, self.family, self.clock = fs, directory, family, clock
         self.modes, self.retention, self.identity = modes, retention, identity
         self.lock = Lock.acquire(fs, directory, family, identity, clock, stale_s, mode=modes.file)
-        self._heartbeat: _Heartbeat | None = None
+        self._heartbeat: Heartbeat | None = None
         self._cleaner = ThreadPoolExecutor(1, "parckpt-clean")
         self._cleaning: list[Future[None]] = []
         try:
@@ -96,7 +96,7 @@ class Keeper:
             self.swept: Swept = recover(fs, directory, owner, self.lock.check, modes)
             self._drop_temporary_files()
             self.run_file: dict[str, Any] | None = self._read_run_file()
-            self._heartbeat = _Heartbeat(self.lock, stale_s / 4)
+            self._heartbeat = Heartbeat(self.lock, stale_s / 4)
         except BaseException:
             self.close()
             raise

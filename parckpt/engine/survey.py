@@ -329,20 +329,29 @@ def quick_problem(fs: FileSystem, found: Found) -> str | None:
     facts = found.facts
     if facts is None:
         return "its manifest is unreadable"
-    paths = [found.path]
-    if found.is_directory:
-        file_name = f"{facts.stem}.{naming.EXTENSIONS.get(facts.format, facts.format)}"
-        ranks = range(1 if facts.integrated else facts.world_size)
-        paths = [os.path.join(found.root, naming.rank_directory(rank), file_name) for rank in ranks]
+    try:
+        paths = _expected_files(fs, found, facts) if found.is_directory else [found.path]
+    except StorageError as error:
+        return str(error)
     total = 0
+    missing: str | None = None
     for path in paths:
         try:
             total += fs.stat(path).nbytes
         except StorageError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 return str(error)
-            if facts.kind != "breakpoint":  # which may lack the files of dead ranks
-                return f"{os.path.relpath(path, found.root)} is missing"
-    if total != facts.nbytes:
-        return f"its data has {total} bytes, its manifest says {facts.nbytes}"
-    return None
+            missing = missing or path
+    if total == facts.nbytes:
+        return None
+    if missing is not None and facts.kind != "breakpoint":  # which may lack the files of dead ranks
+        return f"{os.path.relpath(missing, found.root)} is missing"
+    return f"its data has {total} bytes, its manifest says {facts.nbytes}"
+
+
+def _expected_files(fs: FileSystem, found: Found, facts: Facts) -> list[str]:
+    """A file for each rank; but what was rewritten may have more or fewer files than ranks."""
+    name = f"{facts.stem}.{naming.EXTENSIONS.get(facts.format, facts.format)}"
+    there = {rank for entry in fs.listdir(found.root) if (rank := naming.parse_rank_directory(entry)) is not None}
+    ranks = sorted(there | set(range(1 if facts.integrated else facts.world_size)))
+    return [os.path.join(found.root, naming.rank_directory(rank), name) for rank in ranks]

@@ -22,7 +22,7 @@ from parckpt.formats.base import Extent, Format, Literal
 from parckpt.formats.safetensors import MINDSPORE_METADATA
 from parckpt.storage.direct import OutputFile, aligned_buffer
 
-__all__ = ["NewFile", "Scribe", "Transcribed"]
+__all__ = ["NewFile", "OnBytes", "Scribe", "Transcribed", "passes"]
 
 OnBytes = Callable[[int], None]
 

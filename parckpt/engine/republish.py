@@ -1,0 +1,188 @@
+"""Making a checkpoint appear that was written from another one: staged, published in one act, or nothing at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from types import TracebackType
+
+from parckpt.comm.wait import SystemClock
+from parckpt.core import naming
+from parckpt.core.clock import Clock
+from parckpt.core.manifest import Facts
+from parckpt.engine.keeper import PIN, Heartbeat, make_directory
+from parckpt.engine.staging import Modes, Staging, discard
+from parckpt.engine.sweep import replaces
+from parckpt.errors import CheckpointExistsError, NoSpaceError, StorageError
+from parckpt.storage.atomic import remove_tree, write_file
+from parckpt.storage.filesystem import FileSystem, try_stat
+from parckpt.storage.identity import identify
+from parckpt.storage.lock import Lock
+
+__all__ = ["MARK", "Publisher"]
+
+log = logging.getLogger("parckpt")
+
+MARK = "rewriting"
+"""File that tells such a staging directory from that of a save: only those are swept here."""
+
+_LOCK_STALE_S = 600.0
+# Manifest, directories and the pages around files, generously.
+_SLACK_NBYTES = 1 << 20
+
+
+class Publisher:
+    """Root's hold on a name that is about to be published. Use as a context manager. Not collective.
+
+    Entering takes the lock of the name, removes what an interrupted attempt left, checks that the name may be taken
+    and that there is room, and makes the staging directory; leaving without `publish` removes it.
+
+    Parameters
+    ----------
+    facts : Facts
+        Of the new checkpoint: stem, token, format, and what decides whether it may replace one of this name.
+    reading : str
+        Path of the checkpoint that is read: never replaced.
+    nbytes : int
+        Bytes that will be written.
+    pin : bool
+        Keep it from the retention of a run that works in that directory.
+
+    Raises
+    ------
+    CheckpointExistsError, NoSpaceError, LockedError, StorageError
+        On entering; nothing was written.
+    """
+
+    def __init__(
+        self,
+        fs: FileSystem,
+        directory: str,
+        facts: Facts,
+        *,
+        reading: str,
+        nbytes: int,
+        modes: Modes,
+        pin: bool = False,
+        clock: Clock | None = None,
+    ) -> None:
+        self.fs, self.directory, self.facts = fs, directory, facts
+        self.staging = Staging(fs, directory, facts.stem, facts.token, naming.EXTENSIONS[facts.format], modes)
+        self._reading, self._nbytes, self._pin = reading, nbytes, pin
+        self._clock = clock if clock is not None else SystemClock()
+        self._lock: Lock | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._pinned = False
+        self._published = False
+
+    @property
+    def final(self) -> str:
+        """Where it will be."""
+        return self.staging.final_file if self.facts.integrated else self.staging.final_directory
+
+    def __enter__(self) -> Publisher:
+        make_directory(self.fs, self.directory, self.staging.modes.directory)
+        self._check_name()
+        identity = identify({}, secrets.token_hex(16))
+        mode = self.staging.modes.file
+        self._lock = Lock.acquire(
+            self.fs, self.directory, self.facts.stem, identity, self._clock, _LOCK_STALE_S, mode=mode
+        )
+        try:
+            self._sweep()
+            self._check_space()
+            self._make_staging()
+            self._heartbeat = Heartbeat(self._lock, _LOCK_STALE_S / 4)
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def publish(self, manifest: bytes) -> str:
+        """Make it exist, durably: every file is written and synced. Returns its path."""
+        assert self._lock is not None
+        self._lock.check()
+        replace = self._check_name()
+        if self._pin:
+            write_file(self.fs, self._pin_path, b"", self.staging.modes.file)
+            self._pinned = True
+        self.fs.unlink(os.path.join(self.staging.path, MARK))
+        publish = self.staging.publish_file if self.facts.integrated else self.staging.publish_directory
+        path = publish(manifest, replace=replace)
+        self._published = True
+        return path
+
+    @property
+    def _pin_path(self) -> str:
+        return os.path.join(self.directory, f".{self.facts.stem}{PIN}-{self.facts.token}")
+
+    def _check_name(self) -> bool:
+        """Whether it replaces something; an error if it must not."""
+        if os.path.realpath(self.final) == os.path.realpath(self._reading):
+            raise CheckpointExistsError(f"{self.final} is what is being read", path=self.final)
+        if try_stat(self.fs, self.final) is None:
+            return False
+        if not replaces(self.fs, self.final, self.facts):
+            raise CheckpointExistsError(
+                f"{self.final} exists already and is not the same step of the same run: it is never replaced",
+                path=self.final,
+            )
+        return True
+
+    def _check_space(self) -> None:
+        needed, free = self._nbytes + _SLACK_NBYTES, self.fs.free_nbytes(self.directory)
+        if free < needed:
+            raise NoSpaceError(
+                f"{self.directory} has {free} bytes free, {needed} are needed: nothing was written",
+                operation="save",
+                path=self.directory,
+                needed=needed,
+                free=free,
+            )
+
+    def _make_staging(self) -> None:
+        staging = self.staging
+        self.fs.mkdir(staging.path, staging.modes.directory)
+        write_file(self.fs, os.path.join(staging.path, MARK), b"", staging.modes.file)
+        self.fs.sync_directory(staging.path)
+        self.fs.sync_directory(self.directory)
+
+    def _sweep(self) -> None:
+        """What interrupted attempts at this name left; the lock says that none is at work."""
+        for name in self.fs.listdir(self.directory):
+            parts = naming.parse_hidden(name)
+            if parts is None or parts[0] != self.facts.stem:
+                continue
+            path = os.path.join(self.directory, name)
+            if parts[1] == "trash":
+                remove_tree(self.fs, path)
+            elif parts[1] == "staging" and try_stat(self.fs, os.path.join(path, MARK)) is not None:
+                discard(self.fs, path, parts[0], parts[2])
+
+    def _leave(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        if not self._published:
+            self._clean(self._discard)
+        if self._lock is not None:
+            self._clean(self._lock.release)
+
+    def _discard(self) -> None:
+        # What was published and then could not be synced or tidied is there, whole: nothing of it is taken back.
+        if self._pinned and try_stat(self.fs, self.final) is None:
+            self.fs.unlink(self._pin_path)
+        if try_stat(self.fs, self.staging.path) is not None:
+            discard(self.fs, self.staging.path, self.facts.stem, self.facts.token)
+
+    def _clean(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except StorageError as error:
+            log.warning("%s could not be removed, the next attempt will: %s", self.staging.path, error)
