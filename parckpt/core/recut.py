@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from parckpt.core.contents import Contents
 from parckpt.core.layout import Box, whole
+from parckpt.core.mesh import Layout
+from parckpt.core.tensors import TensorRow
 from parckpt.errors import ConfigError
 
 __all__ = ["Boxes", "Cut", "as_stored", "by_layout", "even", "integrated"]
@@ -16,14 +18,6 @@ Boxes: TypeAlias = "tuple[tuple[int, Box], ...]"
 
 Cut = tuple[Boxes, ...]
 """What each new file holds, in order."""
-
-
-class HasBoxes(Protocol):
-    """A layout: `parckpt.core.mesh.Layout`, or anything with its ``box``."""
-
-    def box(self, global_shape: tuple[int, ...], rank: int) -> Box:
-        """What a rank holds of a tensor."""
-        ...
 
 
 def integrated(contents: Contents) -> Boxes:
@@ -66,18 +60,26 @@ def even(contents: Contents, nfiles: int) -> Cut:
     return files.cut()
 
 
-def by_layout(contents: Contents, layouts: Mapping[str, HasBoxes], nfiles: int, *, once: bool) -> Cut:
+def by_layout(
+    contents: Contents, layouts: Mapping[str, Sequence[Layout]], nfiles: int, *, once: bool, first_rank: int = 0
+) -> Cut:
     """Cut tensors by their layouts; a tensor without one is whole on every rank.
 
     Parameters
     ----------
+    layouts : mapping
+        For a tensor's name its layouts, one for each pipeline stage that holds it.
     once : bool
         Of equal boxes only one is kept, in the file with the fewest bytes so far.
+    first_rank : int
+        Rank of the layouts that file 0 is of.
 
     Raises
     ------
+    LayoutError
+        If a layout does not fit its tensor.
     ConfigError
-        If a layout names a tensor that is not there.
+        If a layout names a tensor that is not there, or is for more ranks than files.
     """
     unknown = sorted(layouts.keys() - {tensor.name for tensor in contents.tensors})
     if unknown:
@@ -85,19 +87,33 @@ def by_layout(contents: Contents, layouts: Mapping[str, HasBoxes], nfiles: int, 
         raise ConfigError(f"there is a layout for {unknown[0]!r}{more}, but no such tensor", tensors=unknown)
     files = _Files(contents, nfiles)
     for row in stored_rows(contents):
-        tensor = contents.tensors[row]
         if files.of_one_rank(row):
             continue
-        layout = layouts.get(tensor.name)
-        holders: dict[Box, list[int]] = {}
-        for rank in range(nfiles):
-            box = whole(tensor.global_shape) if layout is None else layout.box(tensor.global_shape, rank)
-            if not box.is_empty or 0 in tensor.global_shape:
-                holders.setdefault(box, []).append(rank)
+        tensor = contents.tensors[row]
+        holders = _holders(tensor, layouts.get(tensor.name, ()), nfiles, first_rank)
         for box, ranks in holders.items():
             for rank in [files.lightest(ranks)] if once else ranks:
                 files.add(rank, row, box)
     return files.cut()
+
+
+def _holders(tensor: TensorRow, layouts: Sequence[Layout], nfiles: int, first_rank: int) -> dict[Box, list[int]]:
+    """The files that are to hold each box of a tensor."""
+    if not layouts:
+        return {whole(tensor.global_shape): list(range(nfiles))}
+    holders: dict[Box, list[int]] = {}
+    for layout in layouts:
+        if layout.ranks.start < first_rank or layout.ranks.stop > first_rank + nfiles:
+            raise ConfigError(
+                f"{tensor.name!r} is cut over ranks {layout.ranks.start} to {layout.ranks.stop - 1}, "
+                f"but the files are for ranks {first_rank} to {first_rank + nfiles - 1}",
+                tensor=tensor.name,
+            )
+        for rank in layout.ranks:
+            box = layout.box(tensor.global_shape, rank)
+            if not box.is_empty or 0 in tensor.global_shape:
+                holders.setdefault(box, []).append(rank - first_rank)
+    return holders
 
 
 def stored_rows(contents: Contents) -> list[int]:

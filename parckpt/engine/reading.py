@@ -117,6 +117,7 @@ class ChunkReader:
         self._results: dict[int, ChunkResult] = {}
         self._begun = self._given = 0
         self._closed = False
+        self._died: BaseException | None = None
         count = min(NTHREADS, len(tasks))
         self._running = count
         self._threads = [threading.Thread(target=self._work, name="parckpt-read", daemon=True) for _ in range(count)]
@@ -155,7 +156,9 @@ class ChunkReader:
         """All results in order; each is valid until the next one is asked for."""
         for _ in range(len(self._tasks)):
             with self._cond:
-                self._cond.wait_for(lambda: self._given in self._results)
+                self._cond.wait_for(lambda: self._given in self._results or self._died is not None)
+                if self._given not in self._results and self._died is not None:
+                    raise self._died
                 result = self._results.pop(self._given)
                 self._given += 1
             yield result
@@ -173,6 +176,14 @@ class ChunkReader:
             self._free, self._results = [], {}
 
     def _work(self) -> None:
+        try:
+            self._read_all()
+        except BaseException as death:  # without this whoever waits for a result would wait for ever
+            with self._cond:
+                self._died = death
+                self._cond.notify_all()
+
+    def _read_all(self) -> None:
         while (claimed := self._claim()) is not None:
             index, buffer = claimed
             task = self._tasks[index]

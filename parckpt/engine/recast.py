@@ -8,23 +8,22 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from parckpt.comm.outcome import run_on_all
 from parckpt.comm.wait import SystemClock
 from parckpt.core import appended, naming
 from parckpt.core.clock import Clock
 from parckpt.core.contents import box_columns
-from parckpt.core.manifest import Facts, Manifest, Plan, Record, assemble
+from parckpt.core.manifest import Facts, Plan, Record, assemble
 from parckpt.core.recut import Cut, integrated
 from parckpt.core.version import VERSION
-from parckpt.engine.bands import BAND_NBYTES, StoredSource
+from parckpt.engine.bands import BAND_NBYTES
 from parckpt.engine.group import Group
 from parckpt.engine.republish import Publisher
+from parckpt.engine.source import Source
 from parckpt.engine.staging import Modes, Staging
 from parckpt.engine.transcribe import NewFile, OnBytes, Scribe, passes
 from parckpt.formats.base import Format
-from parckpt.storage.filesystem import FileSystem
 
 __all__ = ["Target", "read_nbytes", "rewrite"]
 
@@ -54,19 +53,16 @@ class Target:
     modes: Modes = field(default_factory=Modes)
 
 
-def read_nbytes(source: Manifest, target: Target) -> int:
+def read_nbytes(source: Source, target: Target) -> int:
     """Bytes of tensors that `rewrite` will read in all: what its ``on_bytes`` adds up to."""
     return sum(file.nbytes * passes(file, target.form) for file in _new_files(source, target))
 
 
 def rewrite(
     group: Group,
-    fs: FileSystem,
-    source: Manifest,
-    root: str,
+    source: Source,
     target: Target,
     *,
-    manifest_path: str | None = None,
     on_bytes: OnBytes | None = None,
     clock: Clock | None = None,
     band_nbytes: int = BAND_NBYTES,
@@ -79,12 +75,10 @@ def rewrite(
 
     Parameters
     ----------
-    source : Manifest
-        Ours, or `engine.foreign.open_foreign`'s after `without_checksums`.
-    root : str
-        Directory that the source's files are relative to.
-    manifest_path : str, optional
-        Of the source, to tell its deletion from damage.
+    source : Source
+        Ours or foreign; the new one is written with the same file system.
+    target : Target
+        Equal on all ranks.
     on_bytes : callable, optional
         Called with bytes of tensors that this rank has read.
 
@@ -100,26 +94,23 @@ def rewrite(
     files = _new_files(source, target)
     token = group.bcast(secrets.token_bytes(8) if group.is_root else None).hex()
     plan = _plan(source, target, files, token)
-    scribe = Scribe(
-        StoredSource(fs, root, source.contents, manifest_path), target.form, on_bytes=on_bytes, band_nbytes=band_nbytes
-    )
-    reading = _path_of(source, root)
+    scribe = Scribe(source, target.form, on_bytes=on_bytes, band_nbytes=band_nbytes)
     publisher = Publisher(
-        fs,
+        source.fs,
         target.directory,
         plan.facts,
-        reading=reading,
+        reading=source.path,
         nbytes=sum(file.nbytes for file in files),
         modes=target.modes,
-        pin=_is_beside(source.facts, plan.facts, reading, target.directory),
+        pin=_is_beside(source, plan.facts, target.directory),
         clock=clock,
     )
     with ExitStack() as stack:
-        everyone = partial(run_on_all, group.comm, waiter=group.waiter)
-        everyone(lambda: stack.enter_context(publisher) if group.is_root else None)
-        records = everyone(lambda: _write(group, publisher.staging, plan, files, scribe))
+        run_on_all(group.comm, lambda: stack.enter_context(publisher) if group.is_root else None, group.waiter)
+        records = run_on_all(group.comm, lambda: _write(group, publisher.staging, plan, files, scribe), group.waiter)
         messages = group.gather(_pack(records))
-        path = everyone(lambda: publisher.publish(_manifest(source, plan, messages)) if group.is_root else "")
+        publish = lambda: publisher.publish(_manifest(source, plan, messages)) if group.is_root else ""  # noqa: E731
+        path = run_on_all(group.comm, publish, group.waiter)
         return os.fsdecode(group.bcast(os.fsencode(path) if group.is_root else None))
 
 
@@ -145,7 +136,7 @@ def _write(group: Group, staging: Staging, plan: Plan, files: Sequence[NewFile],
     return records
 
 
-def _manifest(source: Manifest, plan: Plan, messages: Sequence[bytes]) -> bytes:
+def _manifest(source: Source, plan: Plan, messages: Sequence[bytes]) -> bytes:
     records = sorted((record for message in messages for record in _unpack(message)), key=lambda record: record.rank)
     facts = source.facts
     records[0] = replace(records[0], append=facts.append, values=facts.values, per_rank_values=facts.per_rank_values)
@@ -153,7 +144,7 @@ def _manifest(source: Manifest, plan: Plan, messages: Sequence[bytes]) -> bytes:
     return assemble(plan, records, replace(plan.facts, world_size=world_size)).encode()
 
 
-def _new_files(source: Manifest, target: Target) -> list[NewFile]:
+def _new_files(source: Source, target: Target) -> list[NewFile]:
     tensors = source.contents.tensors
     marks = {"remove_redundancy": "True"} if target.remove_redundancy else {}
     append = {name: appended.decode(value) for name, value in source.facts.append.items()}
@@ -172,10 +163,10 @@ def _new_files(source: Manifest, target: Target) -> list[NewFile]:
     ]
 
 
-def _plan(source: Manifest, target: Target, files: Sequence[NewFile], token: str) -> Plan:
+def _plan(source: Source, target: Target, files: Sequence[NewFile], token: str) -> Plan:
     """What is to be written. Its world is the new files, however many ranks the source is of."""
     old = source.facts
-    ours = bool(old.token)
+    ours = not source.is_foreign
     stem = naming.parse_stem(target.stem)
     prefix = stem.prefix if stem is not None else target.stem
     same = ours and prefix == old.prefix
@@ -210,22 +201,17 @@ def _plan(source: Manifest, target: Target, files: Sequence[NewFile], token: str
     return replace(plan, facts=replace(facts, plan_hash=hashlib.sha256(plan.encode()).hexdigest()))
 
 
-def _world_size(source: Manifest, plan: Plan) -> int:
+def _world_size(source: Source, plan: Plan) -> int:
     """Ranks that it is of: the new files, unless something in it belongs to ranks of the job that saved it."""
     owned = bool(source.facts.per_rank_values) or any(tensor.per_rank >= 0 for tensor in source.contents.tensors)
     return source.facts.world_size if owned or plan.facts.integrated else plan.facts.world_size
 
 
-def _path_of(source: Manifest, root: str) -> str:
-    """The file, or the directory, that the source is."""
-    files = source.contents.files
-    return os.path.join(root, files[0].path) if len(files) == 1 and "/" not in files[0].path else root
-
-
-def _is_beside(old: Facts, new: Facts, path: str, directory: str) -> bool:
+def _is_beside(source: Source, new: Facts, directory: str) -> bool:
     """Whether it comes to lie where a run may take it for one of its own, and delete it when its time has come."""
+    old = source.facts
     same = (old.run_id, old.prefix, old.family) == (new.run_id, new.prefix, new.family)
-    return same and os.path.realpath(os.path.dirname(path)) == os.path.realpath(directory)
+    return same and os.path.realpath(os.path.dirname(source.path)) == os.path.realpath(directory)
 
 
 def _pack(records: Sequence[Record]) -> bytes:

@@ -12,11 +12,12 @@ from parckpt.comm.wait import SystemClock
 from parckpt.core import naming
 from parckpt.core.clock import Clock
 from parckpt.core.manifest import Facts
+from parckpt.engine.catalog import Found, find_at
 from parckpt.engine.keeper import PIN, Heartbeat, make_directory
 from parckpt.engine.staging import Modes, Staging, discard
 from parckpt.engine.sweep import replaces
 from parckpt.errors import CheckpointExistsError, NoSpaceError, StorageError
-from parckpt.storage.atomic import remove_tree, write_file
+from parckpt.storage.atomic import move_new, remove_tree, write_file
 from parckpt.storage.filesystem import FileSystem, try_stat
 from parckpt.storage.identity import identify
 from parckpt.storage.lock import Lock
@@ -75,7 +76,6 @@ class Publisher:
         self._lock: Lock | None = None
         self._heartbeat: Heartbeat | None = None
         self._pinned = False
-        self._published = False
 
     @property
     def final(self) -> str:
@@ -106,22 +106,59 @@ class Publisher:
         self._leave()
 
     def publish(self, manifest: bytes) -> str:
-        """Make it exist, durably: every file is written and synced. Returns its path."""
+        """Make it exist, durably: every file is written and synced. Returns its path.
+
+        Parameters
+        ----------
+        manifest : bytes
+            Empty for a copy of a checkpoint that has none.
+        """
         assert self._lock is not None
         self._lock.check()
-        replace = self._check_name()
-        if self._pin:
-            write_file(self.fs, self._pin_path, b"", self.staging.modes.file)
-            self._pinned = True
-        self.fs.unlink(os.path.join(self.staging.path, MARK))
-        publish = self.staging.publish_file if self.facts.integrated else self.staging.publish_directory
-        path = publish(manifest, replace=replace)
-        self._published = True
-        return path
+        old = find_at(self.fs, self.final) if self._check_name() else None
+        self._pin_down(old)
+        if not self.facts.integrated:
+            self.fs.unlink(os.path.join(self.staging.path, MARK))
+        if not manifest:
+            self._publish_bare()
+        elif not self.facts.integrated:
+            self.staging.publish_directory(manifest, replace=old is not None)
+        elif try_stat(self.fs, self.staging.final_manifest) is None:
+            self.staging.publish_file(manifest, replace=old is not None)
+        else:  # copied once more: the manifest is there, and sound
+            self.fs.rename(self._staged_file, self.final)
+            self.fs.sync_directory(self.directory)
+        if old is not None and old.token != self.facts.token:
+            self._clean(lambda: self._drop(self._pin_path(old.token)))
+        return self.final
 
     @property
-    def _pin_path(self) -> str:
-        return os.path.join(self.directory, f".{self.facts.stem}{PIN}-{self.facts.token}")
+    def _staged_file(self) -> str:
+        return os.path.join(self.staging.path, self.staging.data_path(0))
+
+    def _publish_bare(self) -> None:
+        staging = self.staging
+        if self.facts.integrated:
+            move_new(self.fs, self._staged_file, self.final)
+        else:
+            self.fs.sync_directory(staging.path)
+            move_new(self.fs, staging.path, self.final)
+        self.fs.sync_directory(self.directory)
+
+    def _pin_down(self, old: Found | None) -> None:
+        """Before it is there: a moment later the run that works there may already have deleted it."""
+        if self._pin or (old is not None and try_stat(self.fs, self._pin_path(old.token)) is not None):
+            path = self._pin_path(self.facts.token)
+            if try_stat(self.fs, path) is None:
+                write_file(self.fs, path, b"", self.staging.modes.file)
+                self._pinned = True
+
+    def _pin_path(self, token: str) -> str:
+        return os.path.join(self.directory, f".{self.facts.stem}{PIN}-{token}")
+
+    def _drop(self, path: str) -> None:
+        if try_stat(self.fs, path) is not None:
+            self.fs.unlink(path)
 
     def _check_name(self) -> bool:
         """Whether it replaces something; an error if it must not."""
@@ -163,21 +200,29 @@ class Publisher:
             path = os.path.join(self.directory, name)
             if parts[1] == "trash":
                 remove_tree(self.fs, path)
-            elif parts[1] == "staging" and try_stat(self.fs, os.path.join(path, MARK)) is not None:
+            elif parts[1] == "staging" and self._is_rewriting(path):
                 discard(self.fs, path, parts[0], parts[2])
+
+    def _is_rewriting(self, path: str) -> bool:
+        """Whether a staging directory is of a rewriting: a save would have put its plan there before its manifest."""
+        mark, manifest, plan = (
+            try_stat(self.fs, os.path.join(path, name)) is not None for name in (MARK, naming.MANIFEST, naming.PLAN)
+        )
+        return mark or (manifest and not plan)
 
     def _leave(self) -> None:
         if self._heartbeat is not None:
             self._heartbeat.stop()
-        if not self._published:
-            self._clean(self._discard)
+        self._clean(self._discard)
         if self._lock is not None:
             self._clean(self._lock.release)
 
     def _discard(self) -> None:
-        # What was published and then could not be synced or tidied is there, whole: nothing of it is taken back.
-        if self._pinned and try_stat(self.fs, self.final) is None:
-            self.fs.unlink(self._pin_path)
+        """Remove what is not needed, or not any more; what was published and then could not be synced stays, whole."""
+        if self._pinned:
+            there = find_at(self.fs, self.final) if try_stat(self.fs, self.final) is not None else None
+            if there is None or there.token != self.facts.token:
+                self._drop(self._pin_path(self.facts.token))
         if try_stat(self.fs, self.staging.path) is not None:
             discard(self.fs, self.staging.path, self.facts.stem, self.facts.token)
 

@@ -15,10 +15,10 @@ from parckpt.comm.outcome import run_on_all
 from parckpt.core import naming
 from parckpt.core.layout import Box
 from parckpt.core.manifest import Manifest
-from parckpt.engine.bands import StoredSource
 from parckpt.engine.catalog import find_at
 from parckpt.engine.group import Group
 from parckpt.engine.keeper import make_directory
+from parckpt.engine.source import Source
 from parckpt.engine.staging import Modes
 from parckpt.engine.transcribe import NewFile, Scribe
 from parckpt.errors import CheckpointExistsError, ConfigError, StorageError
@@ -110,7 +110,7 @@ def write_files(
     ParckptError
         The same on all ranks; `IntegrityError` names what is damaged in the source.
     """
-    stored = StoredSource(fs, root, source.contents, manifest_path)
+    stored = Source(fs, root, root, source, manifest_path)
     scribe = Scribe(stored, form, on_bytes=on_bytes)
 
     def write_own() -> None:
@@ -121,7 +121,7 @@ def write_files(
     run_on_all(group.comm, write_own, group.waiter)
 
 
-def _write_output(fs: FileSystem, scribe: Scribe, source: StoredSource, spec: OutputSpec, modes: Modes) -> None:
+def _write_output(fs: FileSystem, scribe: Scribe, source: Source, spec: OutputSpec, modes: Modes) -> None:
     tensors = source.contents.tensors
     file = NewFile(
         [piece.tensor for piece in spec.pieces],
@@ -143,7 +143,7 @@ def _write_output(fs: FileSystem, scribe: Scribe, source: StoredSource, spec: Ou
     fs.sync_directory(directory)
 
 
-def _check_outputs(fs: FileSystem, source: StoredSource, outputs: Sequence[OutputSpec]) -> None:
+def _check_outputs(fs: FileSystem, source: Source, outputs: Sequence[OutputSpec]) -> None:
     """Before anything is written, on every rank alike."""
     own = {os.path.join(source.root, file.path) for file in source.contents.files}
     seen: set[str] = set()

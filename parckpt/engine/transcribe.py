@@ -13,10 +13,11 @@ import numpy.typing as npt
 from parckpt.core.layout import Box
 from parckpt.core.manifest import CHUNK_NBYTES
 from parckpt.core.tensors import TensorRow
-from parckpt.engine.bands import BAND_NBYTES, BoxStream, StoredSource
+from parckpt.engine.bands import BAND_NBYTES, BoxStream
 from parckpt.engine.chunks import NBUFFERS, ChunkWriter
 from parckpt.engine.filecrc import local_crc
 from parckpt.engine.fileplan import FilePlan, appended_entry, plan_file
+from parckpt.engine.source import Source
 from parckpt.engine.writing import finish
 from parckpt.formats.base import Extent, Format, Literal
 from parckpt.formats.safetensors import MINDSPORE_METADATA
@@ -79,7 +80,7 @@ class Scribe:
 
     def __init__(
         self,
-        source: StoredSource,
+        source: Source,
         form: Format,
         *,
         on_bytes: OnBytes | None = None,

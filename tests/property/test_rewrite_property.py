@@ -13,10 +13,11 @@ from parckpt.core.dtypes import by_name
 from parckpt.core.layout import Box, slices
 from parckpt.core.manifest import Facts, Manifest
 from parckpt.core.tensors import TensorRow
-from parckpt.engine.bands import BoxStream, StoredSource
+from parckpt.engine.bands import BoxStream
 from parckpt.engine.foreign import load_all
 from parckpt.engine.group import Group
 from parckpt.engine.rewrite import OutputSpec, Piece, write_files
+from parckpt.engine.source import Source
 from parckpt.engine.staging import Modes
 from parckpt.formats.registry import FORMATS
 from parckpt.testing.checkpoints import random_array, store
@@ -53,7 +54,9 @@ def test_a_stream_of_any_boxes(data: st.DataObject) -> None:
     pieces = [(number, box) for number, row in enumerate(rows) for box in data.draw(splits(row.global_shape))]
     counted: list[int] = []
     band = data.draw(st.sampled_from([1, 30, 200, 1 << 20]))
-    stream = BoxStream(StoredSource(fs, "/src", contents), pieces, on_bytes=counted.append, band_nbytes=band)
+    stream = BoxStream(
+        Source(fs, "/src", "/src", Manifest(FACTS, contents), None), pieces, on_bytes=counted.append, band_nbytes=band
+    )
     for number, box in pieces:
         expected = np.ascontiguousarray(tensors[number][1][slices(box, (0,) * len(box.shape))]).tobytes()
         assert b"".join(bytes(block) for block in stream.take(len(expected))) == expected
