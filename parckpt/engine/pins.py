@@ -15,7 +15,7 @@ from parckpt.errors import CheckpointExistsError, CheckpointGoneError
 from parckpt.storage.atomic import write_file
 from parckpt.storage.filesystem import FileSystem, try_stat
 
-__all__ = ["Pin", "find_pins", "is_pinned", "pin", "unpin"]
+__all__ = ["Pin", "find_pins", "is_pinned", "pin", "pin_path", "unpin"]
 
 _PIN = re.compile(r"\.(?P<stem>.+)\.pin-(?P<token>[0-9a-f]{16})", re.DOTALL)
 
@@ -43,7 +43,7 @@ def find_pins(fs: FileSystem, directory: str) -> list[Pin]:
 
 def is_pinned(fs: FileSystem, directory: str, found: Found) -> bool:
     """Whether a checkpoint in a directory is pinned."""
-    return try_stat(fs, os.path.join(directory, _name(found.stem, found.token))) is not None
+    return try_stat(fs, pin_path(directory, found.stem, found.token)) is not None
 
 
 def pin(fs: FileSystem, found: Found) -> bool:
@@ -58,7 +58,7 @@ def pin(fs: FileSystem, found: Found) -> bool:
         raise found.error
     directory = os.path.dirname(found.path)
     try:
-        write_file(fs, os.path.join(directory, _name(found.stem, found.token)), b"")
+        write_file(fs, pin_path(directory, found.stem, found.token), b"")
     except CheckpointExistsError:
         return False
     fs.sync_directory(directory)
@@ -71,7 +71,7 @@ def pin(fs: FileSystem, found: Found) -> bool:
 
 def unpin(fs: FileSystem, directory: str, stem: str, token: str) -> bool:
     """Remove a pin; False if there is none."""
-    path = os.path.join(directory, _name(stem, token))
+    path = pin_path(directory, stem, token)
     if try_stat(fs, path) is None:
         return False
     fs.unlink(path)
@@ -79,5 +79,6 @@ def unpin(fs: FileSystem, directory: str, stem: str, token: str) -> bool:
     return True
 
 
-def _name(stem: str, token: str) -> str:
-    return f".{stem}.pin-{token}"
+def pin_path(directory: str, stem: str, token: str) -> str:
+    """Path of the pin of a checkpoint."""
+    return os.path.join(directory, f".{stem}.pin-{token}")

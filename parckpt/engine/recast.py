@@ -187,6 +187,7 @@ def _plan(source: Source, target: Target, files: Sequence[NewFile], token: str) 
         reason=old.reason if ours else "converted",
         remove_redundancy=target.remove_redundancy,
         crc_check=target.crc_check,
+        ephemeral=False,  # somebody wanted it
         plan_hash="",
         writer=f"parckpt {VERSION}",
     )

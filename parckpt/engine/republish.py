@@ -13,9 +13,9 @@ from parckpt.core import naming
 from parckpt.core.clock import Clock
 from parckpt.core.manifest import Facts
 from parckpt.engine.catalog import Found, find_at
-from parckpt.engine.keeper import PIN, Heartbeat, make_directory
+from parckpt.engine.keeper import Heartbeat, make_directory
+from parckpt.engine.pins import pin_path
 from parckpt.engine.staging import Modes, Staging, discard
-from parckpt.engine.sweep import replaces
 from parckpt.errors import CheckpointExistsError, NoSpaceError, StorageError
 from parckpt.storage.atomic import move_new, remove_tree, write_file
 from parckpt.storage.filesystem import FileSystem, try_stat
@@ -115,7 +115,7 @@ class Publisher:
         """
         assert self._lock is not None
         self._lock.check()
-        old = find_at(self.fs, self.final) if self._check_name() else None
+        old = self._check_name()
         self._pin_down(old)
         if not self.facts.integrated:
             self.fs.unlink(os.path.join(self.staging.path, MARK))
@@ -154,24 +154,26 @@ class Publisher:
                 self._pinned = True
 
     def _pin_path(self, token: str) -> str:
-        return os.path.join(self.directory, f".{self.facts.stem}{PIN}-{token}")
+        return pin_path(self.directory, self.facts.stem, token)
 
     def _drop(self, path: str) -> None:
         if try_stat(self.fs, path) is not None:
             self.fs.unlink(path)
 
-    def _check_name(self) -> bool:
-        """Whether it replaces something; an error if it must not."""
+    def _check_name(self) -> Found | None:
+        """What it replaces, None if the name is free; an error if it must not be replaced."""
         if os.path.realpath(self.final) == os.path.realpath(self._reading):
             raise CheckpointExistsError(f"{self.final} is what is being read", path=self.final)
         if try_stat(self.fs, self.final) is None:
-            return False
-        if not replaces(self.fs, self.final, self.facts):
+            return None
+        old = find_at(self.fs, self.final)
+        facts = old.facts if old is not None else None
+        if facts is None or (facts.run_id, facts.step) != (self.facts.run_id, self.facts.step):
             raise CheckpointExistsError(
-                f"{self.final} exists already and is not the same step of the same run: it is never replaced",
+                f"{self.final} exists already and is not the same step of the same run: it is not replaced",
                 path=self.final,
             )
-        return True
+        return old
 
     def _check_space(self) -> None:
         needed, free = self._nbytes + _SLACK_NBYTES, self.fs.free_nbytes(self.directory)

@@ -15,12 +15,13 @@ from parckpt.core.contents import Contents
 from parckpt.core.layout import Box
 from parckpt.core.manifest import Facts, Manifest
 from parckpt.core.readplan import Want, plan_reads
+from parckpt.core.strategy import Strategy
 from parckpt.core.transfer import Port
 from parckpt.engine import foreign
 from parckpt.engine.catalog import find_at, load_manifest
 from parckpt.engine.reading import ChunkReader, ChunkResult, ChunkTask, stretch
 from parckpt.engine.targets import Target
-from parckpt.errors import CheckpointNotFoundError, FormatError
+from parckpt.errors import CheckpointNotFoundError, ConfigError, FormatError
 from parckpt.storage.filesystem import FileSystem, try_stat
 
 __all__ = ["BoxReading", "Source", "open_source"]
@@ -65,23 +66,34 @@ class Source:
         return self.manifest_path is None
 
 
-def open_source(fs: FileSystem, path: str) -> Source:
+def open_source(fs: FileSystem, path: str, *, check: bool = False, strategy: Strategy | None = None) -> Source:
     """Open a step directory, a data file, or a directory of ``rank_<n>`` directories.
 
     Only the manifest is read, or, where there is none, the headers of the files.
+
+    Parameters
+    ----------
+    check : bool
+        Read files without a manifest once in full, to verify the checksum that they may carry, and compare replicas.
+    strategy : Strategy, optional
+        How the files of a directory without a manifest are cut.
 
     Raises
     ------
     CheckpointNotFoundError
         If there is nothing, or a directory that is no checkpoint itself.
+    ConfigError
+        A strategy for what has a manifest.
     IntegrityError, FormatError, LayoutError
     """
     if try_stat(fs, path) is None:
         raise CheckpointNotFoundError(f"there is no checkpoint at {path}", path=path)
     found = find_at(fs, path)
     if found is not None:
+        if strategy is not None:
+            raise ConfigError(f"{path} has a manifest, which says how it is cut: it takes no strategy", path=path)
         return Source(fs, found.path, found.root, load_manifest(fs, found), found.manifest_path)
-    manifest = foreign.without_checksums(foreign.open_foreign(fs, path, check=False))
+    manifest = foreign.without_checksums(foreign.open_foreign(fs, path, check=check, strategy=strategy))
     if not manifest.contents.tensors and not manifest.facts.append:
         # Also what is left of a file whose writing never began.
         raise FormatError(f"{path} holds no tensors", path=path, byte_offset=0, field="file")

@@ -28,7 +28,7 @@ from parckpt.errors import FormatError, IntegrityError, StorageError, Unsupporte
 from parckpt.storage.atomic import move_new, read_file, remove_tree
 from parckpt.storage.filesystem import FileSystem, try_stat
 
-__all__ = ["Swept", "finalize", "judge", "orphan_manifests", "recover", "replaces"]
+__all__ = ["Swept", "finalize", "judge", "orphan_manifests", "recover"]
 
 log = logging.getLogger("parckpt")
 
@@ -117,8 +117,8 @@ def finalize(
     _drop_stale(fs, os.path.join(path, naming.MANIFEST))
     if facts.integrated:
         _drop_stale(fs, staging.final_manifest)
-        return staging.publish_file(manifest.encode(), replace=replaces(fs, staging.final_file, facts)), ""
-    return staging.publish_directory(manifest.encode(), replace=replaces(fs, staging.final_directory, facts)), ""
+        return staging.publish_file(manifest.encode(), replace=_replaces(fs, staging.final_file, facts)), ""
+    return staging.publish_directory(manifest.encode(), replace=_replaces(fs, staging.final_directory, facts)), ""
 
 
 def judge(fs: FileSystem, directory: str, stem: str, token: str) -> tuple[Manifest | None, str]:
@@ -152,7 +152,7 @@ def judge(fs: FileSystem, directory: str, stem: str, token: str) -> tuple[Manife
         return None, f"{rival} was published since"
     staging = Staging(fs, directory, stem, token, naming.EXTENSIONS[plan.facts.format])
     final = staging.final_file if plan.facts.integrated else staging.final_directory
-    if try_stat(fs, final) is not None and not replaces(fs, final, plan.facts):
+    if try_stat(fs, final) is not None and not _replaces(fs, final, plan.facts):
         return None, f"{final} is another checkpoint"
     facts = replace(plan.facts, missing=missing.per_rank, reason=plan.facts.reason or "finalized")
     try:
@@ -202,7 +202,7 @@ def _rival(fs: FileSystem, directory: str, facts: Facts) -> str | None:
     return None
 
 
-def replaces(fs: FileSystem, path: str, facts: Facts) -> bool:
+def _replaces(fs: FileSystem, path: str, facts: Facts) -> bool:
     """Whether something has the name that these facts may replace."""
     if try_stat(fs, path) is None:
         return False
