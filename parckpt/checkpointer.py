@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -95,8 +95,8 @@ class ModelCheckpoint(CallbackShape):
 
     def __init__(
         self,
-        prefix: NameRule = "CKP",
-        directory: DirectoryRule = None,
+        prefix: str | Callable[[Any], str] = "CKP",
+        directory: str | os.PathLike[str] | Callable[[Any], str | os.PathLike[str]] | None = None,
         config: CheckpointConfig | None = None,
         *,
         comm: Any = None,

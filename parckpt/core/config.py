@@ -117,6 +117,7 @@ class CheckpointConfig:
     on_save_error : {"raise", "warn"}
         "warn": go on training, but raise after `max_failed_saves` failures in a row.
     max_failed_saves : int
+        So many failures in a row are an error also where one is only a warning.
     keep_breakpoints : int
         Keep the newest so many of those that exceptions and signals caused.
     file_mode, dir_mode : int
