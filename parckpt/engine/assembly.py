@@ -74,12 +74,21 @@ class Assembly:
     strategy : Strategy, optional
     check : bool
         Whether replicas that the strategy promises are compared. What it does not name is compared in any case.
+    complete : bool
+        Whether every part of every tensor must be in some file.
     """
 
     def __init__(
-        self, fs: FileSystem, root: str, files: Sequence[RankFile], *, strategy: Strategy | None, check: bool
+        self,
+        fs: FileSystem,
+        root: str,
+        files: Sequence[RankFile],
+        *,
+        strategy: Strategy | None,
+        check: bool,
+        complete: bool = True,
     ) -> None:
-        self._fs, self._root, self._files, self._check = fs, root, files, check
+        self._fs, self._root, self._files, self._check, self._complete = fs, root, files, check, complete
         self._layouts = _layouts(strategy, files) if strategy is not None else {}
         self._has_strategy = strategy is not None
         self._tensors: dict[str, _Tensor] = {}
@@ -98,7 +107,7 @@ class Assembly:
         for file in self._files:
             for item in file.index.entries:
                 self._add(_Held(file, item))
-        for name in self._layouts.keys() & self._tensors.keys():
+        for name in self._layouts.keys() & self._tensors.keys() if self._complete else ():
             self._check_tiling(self._tensors[name])
         if self._unlike:
             told = ", ".join(f"{name} (ranks {_shown(ranks)})" for name, ranks in sorted(self._unlike.items()))

@@ -33,6 +33,7 @@ def open_foreign(
     form: str | None = None,
     strategy: Strategy | None = None,
     files: Sequence[str] | Mapping[int, str] | None = None,
+    complete: bool = True,
 ) -> Manifest:
     """Describe a file, or a directory of ``rank_<n>`` directories, as a checkpoint without checksums.
 
@@ -52,6 +53,8 @@ def open_foreign(
         How tensors are cut. Without ``rank_<n>`` directories, `path` is the file of rank 0.
     files : sequence of str or mapping of int to str, optional
         The file of each rank, in `path`. Default: of each ``rank_<n>`` the one of the latest name that all have.
+    complete : bool
+        False: parts of tensors may be in no file; reading them is an error then.
 
     Raises
     ------
@@ -72,7 +75,7 @@ def open_foreign(
         if check:
             verify_crc(fs, os.path.join(root, name), index)
         opened.append(RankFile(rank, name, index, nbytes))
-    return Assembly(fs, root, opened, strategy=strategy, check=check).manifest(path)
+    return Assembly(fs, root, opened, strategy=strategy, check=check, complete=complete).manifest(path)
 
 
 def without_checksums(manifest: Manifest) -> Manifest:
