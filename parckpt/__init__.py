@@ -64,7 +64,12 @@ from parckpt.strategies import (
     restore_group_info_list,
     save_strategy,
 )
-from parckpt.transform import merge_sliced_parameter, rank_list_for_transform
+from parckpt.transform import (
+    merge_sliced_parameter,
+    rank_list_for_transform,
+    transform_checkpoint_by_rank,
+    transform_checkpoints,
+)
 
 __version__ = VERSION
 
@@ -133,4 +138,6 @@ __all__ = [
     "restore_group_info_list",
     "save_checkpoint",
     "save_strategy",
+    "transform_checkpoint_by_rank",
+    "transform_checkpoints",
 ]

@@ -4,7 +4,8 @@ Same names, arguments and results, on any MPI ranks: the heavy ones take ``comm`
 stream: no file and no tensor is ever held in memory as a whole.
 """
 
+from parckpt.transform.checkpoints import transform_checkpoint_by_rank, transform_checkpoints
 from parckpt.transform.merging import merge_sliced_parameter
 from parckpt.transform.ranks import rank_list_for_transform
 
-__all__ = ["merge_sliced_parameter", "rank_list_for_transform"]
+__all__ = ["merge_sliced_parameter", "rank_list_for_transform", "transform_checkpoint_by_rank", "transform_checkpoints"]

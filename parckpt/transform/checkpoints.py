@@ -108,8 +108,10 @@ def transform_checkpoints(
                 "output_format": output_format,
             },
         )
-        part = _part(source, target)
         opened = share(group, lambda: _open(job, os.path.abspath(source_dir), source, target))
+        part = _part(source, target)
+        if part == "_part0" and opened.manifest.facts.format == "safetensors":
+            part = ""  # as in MindSpore, which knows parts of ckpt files only, and only the first stage of others
 
         def paths(rank: int) -> str:
             name = f"{ckpt_prefix}{rank}{part}.{output_format}"

@@ -91,21 +91,21 @@ def _one(directory: str, names: Sequence[str], suffix: str | None, form: str) ->
         return max(names, key=_order)
     pattern = next((mark for words, mark in _SUFFIXES if re.fullmatch(words, suffix)), None)
     if pattern is None:
-        _refuse(directory, names, suffix)
+        raise _unclear(directory, names, suffix)
     whole = suffix if suffix[0] in "_-" else pattern + suffix
     found = [name for name in names if name.endswith(f"{whole}.{form}")]
     if pattern == "_" and "-" in suffix:  # "_1-10_100" is the second task's, not that of "net_rank_1-10_100"
         found = [name for name in found if not name.endswith(f"rank{whole}.{form}")]
     shortest = [name for name in found if len(name) == min(map(len, found))]
     if len(shortest) != 1:
-        _refuse(directory, found or names, suffix)
+        raise _unclear(directory, found or names, suffix)
     if len(found) > 1:
         warnings.warn(f"{directory}: of {', '.join(found)} the shortest name is taken", StateWarning, stacklevel=2)
     return shortest[0]
 
 
-def _refuse(directory: str, names: Sequence[str], suffix: str) -> None:
-    raise ConfigError(
+def _unclear(directory: str, names: Sequence[str], suffix: str) -> ConfigError:
+    return ConfigError(
         f"{directory}: the names of {', '.join(names)} all end with {suffix!r}; give the longest ending that only the "
         "files meant have",
         parameter="file_suffix",
