@@ -65,10 +65,15 @@ from parckpt.strategies import (
     save_strategy,
 )
 from parckpt.transform import (
+    ckpt_to_safetensors,
+    load_distributed_checkpoint,
+    load_segmented_checkpoints,
     merge_sliced_parameter,
     rank_list_for_transform,
+    safetensors_to_ckpt,
     transform_checkpoint_by_rank,
     transform_checkpoints,
+    unified_safetensors,
 )
 
 __version__ = VERSION
@@ -123,21 +128,26 @@ __all__ = [
     "TimeoutExpiredError",
     "TruncatedError",
     "UnsupportedVersionError",
+    "ckpt_to_safetensors",
     "flat_shards",
     "get_ckpt_path_with_strategy",
     "inspect",
     "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
+    "load_distributed_checkpoint",
     "load_param_into_net",
+    "load_segmented_checkpoints",
     "load_strategy",
     "merge_pipeline_strategys",
     "merge_sliced_parameter",
     "open_checkpoint",
     "rank_list_for_transform",
     "restore_group_info_list",
+    "safetensors_to_ckpt",
     "save_checkpoint",
     "save_strategy",
     "transform_checkpoint_by_rank",
     "transform_checkpoints",
+    "unified_safetensors",
 ]

@@ -76,6 +76,8 @@ class Assembly:
         Whether replicas that the strategy promises are compared. What it does not name is compared in any case.
     complete : bool
         Whether every part of every tensor must be in some file.
+    counters : bool
+        Whether MindSpore's counters are facts of the run; False: tensors like any other.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class Assembly:
         strategy: Strategy | None,
         check: bool,
         complete: bool = True,
+        counters: bool = True,
     ) -> None:
+        self._facts = _COUNTERS if counters else ()
         self._fs, self._root, self._files, self._check, self._complete = fs, root, files, check, complete
         self._layouts = _layouts(strategy, files) if strategy is not None else {}
         self._has_strategy = strategy is not None
@@ -118,7 +122,7 @@ class Assembly:
         item = held.item
         if item.kind == "str":
             self._add_fact(held, values.encode(item.text))
-        elif item.kind == "tensor" and item.name in _COUNTERS and item.shape == ():
+        elif item.kind == "tensor" and item.name in self._facts and item.shape == ():
             self._add_fact(held, self._counter(held))
         elif item.kind == "tensor" and item.dtype is not None:
             layouts = self._layouts.get(item.name)

@@ -34,6 +34,7 @@ def open_foreign(
     strategy: Strategy | None = None,
     files: Sequence[str] | Mapping[int, str] | None = None,
     complete: bool = True,
+    counters: bool = True,
 ) -> Manifest:
     """Describe a file, or a directory of ``rank_<n>`` directories, as a checkpoint without checksums.
 
@@ -55,6 +56,8 @@ def open_foreign(
         The file of each rank, in `path`. Default: of each ``rank_<n>`` the one of the latest name that all have.
     complete : bool
         False: parts of tensors may be in no file; reading them is an error then.
+    counters : bool
+        False: MindSpore's counters (``step_num``, ``epoch_num``) are tensors like any other.
 
     Raises
     ------
@@ -75,7 +78,8 @@ def open_foreign(
         if check:
             verify_crc(fs, os.path.join(root, name), index)
         opened.append(RankFile(rank, name, index, nbytes))
-    return Assembly(fs, root, opened, strategy=strategy, check=check, complete=complete).manifest(path)
+    assembly = Assembly(fs, root, opened, strategy=strategy, check=check, complete=complete, counters=counters)
+    return assembly.manifest(path)
 
 
 def without_checksums(manifest: Manifest) -> Manifest:

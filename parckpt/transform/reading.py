@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +28,7 @@ from parckpt.signals import deferred_interrupt
 from parckpt.storage.direct import InputFile
 from parckpt.storage.filesystem import FileSystem
 
-__all__ = ["TIMEOUT_S", "Opened", "group_of", "open_files", "open_published", "share"]
+__all__ = ["TIMEOUT_S", "Opened", "group_of", "open_files", "open_published", "refuse_maps", "share"]
 
 TIMEOUT_S = 1800.0
 
@@ -45,6 +45,8 @@ class Opened:
         For each rank with a file (from 0 in its strategy), the tensors in it, in the file's order.
     numbers : mapping of int to mapping
         For each rank its single values that no strategy names (counters, texts, learning rates): values or arrays.
+    flagged : bool
+        Whether the files say if replicas were left out (safetensors only).
     manifest_path : str or None
         None: it has no manifest.
     """
@@ -53,6 +55,7 @@ class Opened:
     root: str
     names: Mapping[int, Sequence[str]]
     numbers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    flagged: bool = False
     manifest_path: str | None = None
 
     @property
@@ -69,6 +72,7 @@ class Opened:
                 (rank, {name: appended.encode(value) for name, value in found.items()})
                 for rank, found in self.numbers.items()
             ],
+            "flagged": self.flagged,
             "manifest_path": self.manifest_path,
         }
         text = json.dumps(header).encode("utf-8")
@@ -89,6 +93,7 @@ class Opened:
                 rank: {name: appended.decode(value) for name, value in found.items()}
                 for rank, found in header["numbers"]
             },
+            header["flagged"],
             header["manifest_path"],
         )
 
@@ -118,7 +123,7 @@ def open_published(fs: FileSystem, path: str) -> Opened | None:
     manifest = load_manifest(fs, found)
     names = [row.name for row in manifest.contents.tensors if row.per_rank < 0]
     append = {name: appended.decode(value) for name, value in manifest.facts.append.items()}
-    return Opened(manifest, found.root, {0: names}, {0: append}, found.manifest_path)
+    return Opened(manifest, found.root, {0: names}, {0: append}, manifest_path=found.manifest_path)
 
 
 def open_files(
@@ -126,7 +131,7 @@ def open_files(
     files: Mapping[int, str],
     strategy: Strategy | None,
     *,
-    named: Iterable[str] = (),
+    named: Iterable[str] | None = (),
     check: bool = True,
     complete: bool = True,
 ) -> Opened:
@@ -137,7 +142,7 @@ def open_files(
     files : mapping of int to str
         By rank.
     named : iterable of str
-        Tensors that another strategy names: they are tensors, even if they have one element only.
+        Tensors that another strategy names: they are tensors, even if they have one element only. None: all are.
     check, complete : bool
         As `foreign.open_foreign`.
 
@@ -150,13 +155,15 @@ def open_files(
     absolute = {rank: os.path.abspath(path) for rank, path in files.items()}
     root = os.path.commonpath([os.path.dirname(path) for path in absolute.values()])
     manifest = foreign.open_foreign(fs, root, check=check, strategy=strategy, files=absolute, complete=complete)
-    tensors = {*(strategy.names if strategy is not None else ()), *named}
+    tensors = None if named is None else {*(strategy.names if strategy is not None else ()), *named}
     names: dict[int, list[str]] = {}
     numbers: dict[int, dict[str, Any]] = {}
+    flagged = False
     for rank, path in absolute.items():
         index, _ = foreign.index_file(fs, path)
-        _refuse_maps(path, index)
-        singles = [item for item in index.entries if _is_single(item) and item.name not in tensors]
+        refuse_maps(path, index)
+        flagged |= "remove_redundancy" in index.metadata
+        singles = [item for item in index.entries if _is_single(item, tensors)]
         names[rank] = [item.name for item in index.entries if item not in singles]
         with InputFile(fs, path, direct=False) as source:
             numbers[rank] = {item.name: _value(source, item) for item in singles}
@@ -167,11 +174,20 @@ def open_files(
         root,
         {rank - first: found for rank, found in names.items()},
         {rank - first: found for rank, found in numbers.items()},
+        flagged,
     )
 
 
-def _is_single(item: IndexedEntry) -> bool:
-    return item.kind == "str" or (item.kind == "tensor" and all(extent == 1 for extent in item.shape))
+def _is_single(item: IndexedEntry, tensors: Container[str] | None) -> bool:
+    """Whether an entry is a value beside the tensors; a counter is one always, as `foreign.open_foreign` has it."""
+    if item.kind == "str" or (item.shape == () and item.name in ("epoch_num", "step_num")):
+        return True
+    return (
+        tensors is not None
+        and item.name not in tensors
+        and item.kind == "tensor"
+        and all(extent == 1 for extent in item.shape)
+    )
 
 
 def _value(source: InputFile, item: IndexedEntry) -> Any:
@@ -182,7 +198,7 @@ def _value(source: InputFile, item: IndexedEntry) -> Any:
     return np.frombuffer(content, item.dtype.numpy).reshape(item.shape)
 
 
-def _refuse_maps(path: str, index: FileIndex) -> None:
+def refuse_maps(path: str, index: FileIndex) -> None:
     found = next((item.name for item in index.entries if item.kind == "map"), None)
     if found is not None:
         raise FormatError(
