@@ -16,6 +16,7 @@ from parckpt.cli.explain import explain
 from parckpt.cli.failure import USAGE, exit_help, report
 from parckpt.cli.ls import ls
 from parckpt.cli.pin import pin
+from parckpt.cli.plan import plan
 from parckpt.cli.prune import prune
 from parckpt.cli.show import show
 from parckpt.cli.status import status
@@ -98,4 +99,5 @@ main.command("verify", cls=_Command)(verify)
 main.command("diff", cls=_Command)(diff)
 main.command("pin", cls=_Command)(pin)
 main.command("prune", cls=_Command)(prune)
+main.command("plan", cls=_Command)(plan)
 main.command("unlock", cls=_Command)(unlock)
