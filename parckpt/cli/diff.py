@@ -13,12 +13,15 @@ import typer
 from parckpt.cli.failure import DIFFERENT, guarded
 from parckpt.cli.options import DebugOption, JsonOption
 from parckpt.cli.output import count, emit, facts, line, progress_bar, size, table
+from parckpt.core import naming
 from parckpt.core.difference import Delta, Element
+from parckpt.core.strategy import Strategy
 from parckpt.core.tensors import TensorRow
 from parckpt.engine.comparing import Comparison, TensorDifference, ValueDifference, comparable_nbytes, compare
 from parckpt.engine.source import Source, open_source
 from parckpt.errors import ConfigError
-from parckpt.storage.filesystem import PosixFileSystem
+from parckpt.storage.filesystem import FileSystem, PosixFileSystem, try_stat
+from parckpt.strategies import load_strategy
 
 __all__ = ["diff"]
 
@@ -38,6 +41,15 @@ def diff(
     read_all: Annotated[
         bool, typer.Option("--read-all", metavar="", help="Trust no checksums: read both in full.")
     ] = False,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            "--strategy",
+            metavar="FILE",
+            help="MindSpore's strategy file: how rank_<n> directories without a manifest are cut.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> int:
@@ -56,7 +68,8 @@ def diff(
     if headers and (values or read_all):
         raise ConfigError(f"--headers compares no elements: leave out --{'values' if values else 'read-all'}")
     fs = PosixFileSystem()
-    left, right = open_source(fs, os.path.abspath(a)), open_source(fs, os.path.abspath(b))
+    cut = load_strategy(os.path.abspath(strategy), filesystem=fs) if strategy is not None else None
+    left, right = (_open(fs, os.path.abspath(path), cut) for path in (a, b))
     total = 0 if headers else comparable_nbytes(left, right)
     with progress_bar("comparing", total) as on_done:
         found = compare(left, right, headers_only=headers, read_all=read_all, on_done=on_done)
@@ -65,6 +78,13 @@ def diff(
     else:
         _print(left, right, found, headers, values)
     return 0 if found.is_equal else DIFFERENT
+
+
+def _open(fs: FileSystem, path: str, strategy: Strategy | None) -> Source:
+    """A strategy is for what does not know itself how it is cut."""
+    stat = try_stat(fs, path)
+    is_bare = stat is not None and stat.is_dir and try_stat(fs, os.path.join(path, naming.MANIFEST)) is None
+    return open_source(fs, path, strategy=strategy if is_bare else None)
 
 
 # -- for programs -------------------------------------------------------------------------------------------------

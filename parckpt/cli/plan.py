@@ -22,8 +22,8 @@ from parckpt.core.outlinefile import parse_outline
 from parckpt.core.tensors import TensorRow
 from parckpt.engine.measuring import MEASURE_NBYTES, measure_rate
 from parckpt.engine.outlook import WAYS, Outlook, Speed, look_ahead
-from parckpt.engine.source import open_source
-from parckpt.errors import ConfigError
+from parckpt.engine.source import Source, open_source
+from parckpt.errors import ConfigError, FormatError, ParckptError
 from parckpt.storage.atomic import read_file
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem
 from parckpt.strategies import load_strategy
@@ -57,7 +57,9 @@ def plan(
     ] = None,
     strategy: Annotated[
         str | None,
-        typer.Option("--strategy", metavar="FILE", help="MindSpore's strategy file: how tensors are cut."),
+        typer.Option(
+            "--strategy", metavar="FILE", help="MindSpore's strategy file: how tensors are cut.", show_default=False
+        ),
     ] = None,
     sharded: Annotated[
         bool,
@@ -87,7 +89,9 @@ def plan(
     ] = None,
     measure: Annotated[
         str | None,
-        typer.Option("--measure", metavar="DIR", help="Find out --rate by writing 0.5 GB to DIR from here, now."),
+        typer.Option(
+            "--measure", metavar="DIR", help="Find out --rate by writing 0.5 GB to DIR now.", show_default=False
+        ),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -163,7 +167,7 @@ def _outline(fs: FileSystem, state: str, ranks: int | None, strategy: str | None
         data = sys.stdin.buffer.read(_MAX_DESCRIPTION_NBYTES) if state == "-" else _read(fs, state)
         outline = parse_outline(data, "standard input" if state == "-" else state)
     else:
-        source = open_source(fs, os.path.abspath(state))
+        source = _open(fs, os.path.abspath(state))
         facts = source.facts
         as_cut = not facts.integrated and ranks in (None, facts.world_size) and strategy is None and not sharded
         outline = Outline.of_contents(source.contents, as_stored=as_cut)
@@ -172,13 +176,25 @@ def _outline(fs: FileSystem, state: str, ranks: int | None, strategy: str | None
     return outline.cut_evenly(ranks or outline.job_nranks) if sharded else outline
 
 
+def _open(fs: FileSystem, path: str) -> Source:
+    try:
+        return open_source(fs, path)
+    except FormatError as error:
+        try:
+            load_strategy(path, filesystem=fs)
+        except ParckptError:
+            raise error from None
+        said = f"{path} is a strategy file, which has no shapes: give a checkpoint or a description, and this one to"
+        raise ConfigError(f"{said} --strategy") from error
+
+
 def _read(fs: FileSystem, path: str) -> bytes:
     return read_file(fs, os.path.abspath(path), _MAX_DESCRIPTION_NBYTES)
 
 
 def _measure(fs: FileSystem, directory: str) -> float:
     with progress_bar("measuring", MEASURE_NBYTES) as on_written:
-        return measure_rate(fs, directory, SystemClock(), on_written=on_written).per_second / _GB
+        return measure_rate(fs, directory, SystemClock(), MEASURE_NBYTES, on_written).per_second / _GB
 
 
 def _basis(speed: Speed, measure: str | None) -> str:
@@ -276,7 +292,8 @@ def _print(result: _Result, boxes: bool) -> None:
     line(f"{chosen.way.name} ({chosen.way.options})", "bold")
     if chosen.way.integrated:
         line("rank 0 writes the file; the others send their part to it")
-    _print_nodes(result)
+    else:
+        _print_nodes(result)
     _print_ranks(result)
     if boxes:
         _print_boxes(chosen)

@@ -41,7 +41,7 @@ def measure_rate(
     fs: FileSystem,
     directory: str,
     clock: Clock,
-    nbytes: int = MEASURE_NBYTES,
+    nbytes: int,
     on_written: Callable[[int], None] = lambda nbytes: None,
 ) -> Rate:
     """Write a file of random bytes in chunks, sync it, and remove it.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,21 @@ def test_what_cannot_be_compared(call: Any, published: Path, tmp_path: Path, gol
     assert call("diff", golden / "corrupt" / "zero_length.ckpt", published / "ranks-2_2").status == 5
     slices = call("diff", golden / "strategy" / "src_ckpt", published / "ranks-2_2")
     assert (slices.status, "without a layout" in slices.err) == (8, True)
+
+
+def test_mindspore_rank_directories_by_their_strategy(call: Any, golden: Path, tmp_path: Path) -> None:
+    strategy = ("--strategy", golden / "strategy" / "strategy_4dev.ckpt")
+    a, b = golden / "strategy" / "src_ckpt", golden / "strategy" / "src_safetensors"
+    assert call("diff", a, b, *strategy, "--json").json["tensors"] == []
+    copy = tmp_path / "copy"
+    shutil.copytree(b, copy)
+    file = next((copy / "rank_0").glob("*.safetensors"))
+    (length,) = struct.unpack("<Q", file.read_bytes()[:8])
+    header = json.loads(file.read_bytes()[8 : 8 + length])
+    name = max(header, key=lambda key: header[key].get("shape", []))
+    flip(file, 8 + length + header[name]["data_offsets"][0])
+    (row,) = call("diff", a, copy, *strategy, "--json").json["tensors"]
+    assert (row["name"], row["kind"], row["differing"]) == (name, "values", 1)
 
 
 def test_other_cuts_in_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
