@@ -25,6 +25,7 @@ from parckpt.strategies import load_strategy
 
 __all__ = ["diff"]
 
+_KINDS = {"values": "in values", "type": "in shape or type"}
 _MAX_LINES = 100  # of tensors and values for people; JSON has them all
 
 
@@ -232,7 +233,7 @@ def _pair_text(element: Element) -> str:
 def _print_summary(found: Comparison, headers: bool) -> None:
     what = "names, shapes and types" if headers else "everything"
     kinds = [one.kind for one in found.tensor_differences]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    counts = ", ".join(f"{kinds.count(kind)} {_KINDS.get(kind, kind)}" for kind in dict.fromkeys(kinds))
     tensors = f"{len(kinds)} of {count(found.tensors, 'tensor')}" + (f" ({counts})" if counts else "")
     read = f"; read {size(found.nbytes_read)}" if not headers else "; read no data"
     if found.nbytes_skipped:

@@ -206,7 +206,7 @@ def _basis(speed: Speed, measure: str | None) -> str:
         parts.append(f"{size(round(speed.node))}/s a node, {how}")
     if speed.total is not None:
         parts.append(f"{size(round(speed.total))}/s together, as given by --total-rate")
-    return f"seconds rest on {' and '.join(parts)}; copying, checksums and manifest are not counted"
+    return f"seconds are those of writing, at {' and '.join(parts)}"
 
 
 # -- for programs -------------------------------------------------------------------------------------------------

@@ -42,9 +42,12 @@ class Rule:
         """Verdicts on one run's checkpoints; None if there is no rule for it."""
         if self.minutes is not None:
             return _thinned(stored or RetentionPolicy(), candidates, self.minutes, now_s)
-        if self.count is not None:
-            stored = replace(stored or RetentionPolicy(), count=self.count, minutes=None)
-        return stored.judge(candidates, now_s) if stored is not None else None
+        if self.count is None:
+            return stored.judge(candidates, now_s) if stored is not None else None
+        found = replace(stored or RetentionPolicy(), count=self.count, minutes=None).judge(candidates, now_s)
+        # In the words of who asked: the run's own keep_checkpoint_max is another number.
+        said, meant = f"keep_checkpoint_max={self.count}", f"--keep {self.count}"
+        return [replace(one, reason=one.reason.replace(said, meant)) for one in found]
 
 
 def _thinned(stored: RetentionPolicy, candidates: Sequence[Candidate], minutes: int, now_s: float) -> list[Verdict]:

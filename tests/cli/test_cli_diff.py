@@ -42,7 +42,7 @@ def test_a_step_and_the_next(call: Any, published: Path) -> None:
     text = call("diff", published / "ranks-2_1", published / "ranks-2_2", "--values").out
     assert "all 1200000 elements differ, largest difference 1 at [0] (A 4.0, B 5.0)" in text
     assert "  [9]: A 4.0, B 5.0" in text
-    assert "they differ: 1 of 5 tensors (1 values), 0 plain values" in text
+    assert "they differ: 1 of 5 tensors (1 in values), 0 plain values" in text
 
 
 def test_formats_and_layouts_do_not_matter(call: Any, published: Path) -> None:
@@ -105,7 +105,7 @@ def test_names_types_and_values(call: Any, tmp_path: Path) -> None:
     assert "A float32 4, B float16 4" in out
     assert "A float64 2x2, B float64 4" in out
     assert "A 2.5, B not there" in out
-    assert "they differ: 4 of 5 tensors (1 only in A, 2 type, 1 only in B), 2 plain values" in out
+    assert "they differ: 4 of 5 tensors (1 only in A, 2 in shape or type, 1 only in B), 2 plain values" in out
     headers = call("diff", tmp_path / "a.ckpt", tmp_path / "b.ckpt", "--headers")
     assert (headers.status, "read no data" in headers.out) == (1, True)
 

@@ -100,7 +100,7 @@ def test_text(call: Any, tmp_path: Path) -> None:
     path = _describe(tmp_path / "state.json")
     out = call("plan", path, "--ranks-per-node", 2, "--rate", 2, "--boxes").out
     assert out.startswith("4 tensors, 3.64 kB; 4 ranks on 2 nodes\n")
-    assert "seconds rest on 2.00 GB/s a node, as given by --rate" in out
+    assert "seconds are those of writing, at 2.00 GB/s a node, as given by --rate" in out
     assert "embed [0:32, :]" in out
     whole = call("plan", path, "--integrated").out
     assert "rank 0 writes the file; the others send their part to it" in whole

@@ -38,7 +38,7 @@ def test_keep(call: Any, tmp_path: Path) -> None:
     looked = call("prune", tmp_path, "--keep", 2, "--dry-run", "--json")
     assert (looked.status, looked.json["deleted"], _steps(call, tmp_path)) == (0, 0, [5, 4, 3, 2, 1])
     assert [step for step, (keep, _) in _verdicts(looked).items() if keep] == [5, 4]
-    assert _verdicts(looked)[3] == (False, "2 newer ones are there (keep_checkpoint_max=2)")
+    assert _verdicts(looked)[3] == (False, "2 newer ones are there (--keep 2)")
     text = call("prune", tmp_path, "--keep", 2, "--dry-run").out
     assert "would go" in text
     assert "3 of 5 checkpoints would go" in text
