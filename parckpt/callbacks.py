@@ -139,6 +139,26 @@ class CallbackShape:
         """As `end`. Collective."""
         self.end(run_context)
 
+    # Evaluation is not training, although its steps are counted in the same fields.
+
+    def on_eval_begin(self, run_context: RunContext) -> None:
+        """Does nothing."""
+
+    def on_eval_epoch_begin(self, run_context: RunContext) -> None:
+        """Does nothing."""
+
+    def on_eval_step_begin(self, run_context: RunContext) -> None:
+        """Does nothing."""
+
+    def on_eval_step_end(self, run_context: RunContext) -> None:
+        """Does nothing."""
+
+    def on_eval_epoch_end(self, run_context: RunContext) -> None:
+        """Does nothing."""
+
+    def on_eval_end(self, run_context: RunContext) -> None:
+        """Does nothing."""
+
     # The run's own methods, which take a run context, too.
     step_end: Any
     end: Any

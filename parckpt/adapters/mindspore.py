@@ -120,27 +120,30 @@ def make_callback(checkpoint: Any) -> Any:
         raise ImportError(f"as_mindspore_callback() needs MindSpore: {error}") from error
 
     class CheckpointCallback(base):  # type: ignore[misc]  # the class is only known here
-        """Saves through parckpt."""
+        """Saves through parckpt.
 
-        def begin(self, run_context: Any) -> None:
-            checkpoint.begin(run_context)
+        Only these names: what is called begin, step_end and so on Model.fit refuses, and calls in evaluations, too.
+        """
 
-        def epoch_begin(self, run_context: Any) -> None:
-            checkpoint.epoch_begin(run_context)
+        def on_train_begin(self, run_context: Any) -> None:
+            checkpoint.on_train_begin(run_context)
 
-        def step_begin(self, run_context: Any) -> None:
-            checkpoint.step_begin(run_context)
+        def on_train_epoch_begin(self, run_context: Any) -> None:
+            checkpoint.on_train_epoch_begin(run_context)
 
-        def step_end(self, run_context: Any) -> None:
-            checkpoint.step_end(run_context)
+        def on_train_step_begin(self, run_context: Any) -> None:
+            checkpoint.on_train_step_begin(run_context)
+
+        def on_train_step_end(self, run_context: Any) -> None:
+            checkpoint.on_train_step_end(run_context)
             if checkpoint.should_exit:
                 run_context.request_stop()
 
-        def epoch_end(self, run_context: Any) -> None:
-            checkpoint.epoch_end(run_context)
+        def on_train_epoch_end(self, run_context: Any) -> None:
+            checkpoint.on_train_epoch_end(run_context)
 
-        def end(self, run_context: Any) -> None:
-            checkpoint.end(run_context)
+        def on_train_end(self, run_context: Any) -> None:
+            checkpoint.on_train_end(run_context)
 
         @property
         def latest_ckpt_file_name(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,35 @@ def test_both_modes(tmp_path: Path, mode: int) -> None:
         ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
+def test_evaluations_between_the_epochs_save_nothing(tmp_path: Path) -> None:
+    options = {"save_checkpoint_steps": 2, "append_info": ["step_num"]}
+    theirs = train.ModelCheckpoint("net", str(tmp_path / "theirs"), train.CheckpointConfig(**options))
+    with parckpt.ModelCheckpoint("net", tmp_path / "ours", parckpt.CheckpointConfig(**options)) as ckpt:
+        net = nn.SequentialCell(nn.Flatten(), nn.Dense(32 * 32, 10))
+        loss = nn.SoftmaxCrossEntropyWithLogits(sparse=True, reduction="mean")
+        model = train.Model(net, loss, nn.Momentum(net.trainable_params(), 0.01, 0.9), metrics={"accuracy"})
+        model.fit(3, data(3), data(2), callbacks=[theirs, ckpt.as_mindspore_callback()])
+    assert same_files(tmp_path / "theirs", tmp_path / "ours")
+
+
+def test_an_exception_in_training_keeps_what_was_saved(tmp_path: Path) -> None:
+    class Mishap(train.Callback):
+        def step_end(self, run_context: Any) -> None:
+            if run_context.original_args().cur_step_num == 3:
+                raise RuntimeError("out of luck")
+
+    net = nn.SequentialCell(nn.Flatten(), nn.Dense(32 * 32, 10))
+    with pytest.raises(RuntimeError, match="out of luck"), parckpt.ModelCheckpoint("net", tmp_path) as ckpt:
+        model_of(net).train(3, data(2), callbacks=[ckpt.as_mindspore_callback(), Mishap()])
+    assert names(tmp_path) == ["net-1_1.ckpt", "net-1_2.ckpt", "net-2_1.ckpt"]
+    # Nothing is left locked: the next run goes on.
+    with parckpt.ModelCheckpoint("net", tmp_path) as ckpt:
+        model = model_of(nn.SequentialCell(nn.Flatten(), nn.Dense(32 * 32, 10)))
+        assert ckpt.restore(model.train_network).step == 3
+        model.train(1, data(2), callbacks=ckpt.as_mindspore_callback())
+    assert names(tmp_path)[-2:] == ["net-2_2.ckpt", "net-3_1.ckpt"]
+
+
 def test_a_restored_training_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     def start() -> tuple[nn.Cell, Any, Any]:
         ms.set_seed(11)
@@ -191,3 +221,17 @@ def test_a_restored_training_ends_where_an_uninterrupted_one_does(tmp_path: Path
     assert {parameter.name: parameter.asnumpy().tobytes() for parameter in net.get_parameters()} == {
         name: array.tobytes() for name, array in wanted.items()
     }
+
+
+def test_the_program_of_the_compatibility_page(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "compatibility.md"
+    code = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for stem, epochs in (("lenet-10_10", 10), ("lenet-20_10", 20)):
+        net = nn.SequentialCell(nn.Flatten(), nn.Dense(32 * 32, 10))
+        loss_fn = nn.SoftmaxCrossEntropyWithLogits(sparse=True, reduction="mean")
+        optimizer = nn.Momentum(net.trainable_params(), 0.01, 0.9)
+        given: dict[str, Any] = {"net": net, "loss_fn": loss_fn, "optimizer": optimizer, "data": data(10)}
+        exec(code[0], given)
+        assert Path(given["ckpt"].latest_ckpt_file_name) == tmp_path / "ckpts" / f"{stem}.ckpt"
+        assert int(ms.load_checkpoint(f"ckpts/{stem}.ckpt")["global_step"].asnumpy()[0]) == epochs * 10
+    assert names(tmp_path / "ckpts") == ["lenet-10_10.ckpt", "lenet-20_10.ckpt"]
