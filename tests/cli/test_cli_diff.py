@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +200,41 @@ def test_other_cuts_in_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert sum(done) == comparing.comparable_nbytes(left, right)
         stored = sum(file.nbytes for side in (a, b) for file in side.contents.files)
         assert found.nbytes_read < 2 * stored
+
+
+def _sparse(path: Path, rows: int, columns: int, changed: int | None = None) -> None:
+    """A file of one float32 tensor of zeros that takes no room on the disk."""
+    nbytes = rows * columns * 4
+    header = json.dumps({"w": {"dtype": "F32", "shape": [rows, columns], "data_offsets": [0, nbytes]}}).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(file.tell() + nbytes)
+        if changed is not None:
+            file.seek(8 + len(header) + 4 * changed)
+            file.write(struct.pack("<f", 3.5))
+
+
+def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
+    """One tensor of 240 MB in each: 480 MB pass through less than 150 MB beyond what the program itself takes."""
+    _sparse(tmp_path / "a.safetensors", 6_000, 10_000)
+    _sparse(tmp_path / "b.safetensors", 6_000, 10_000, changed=59_999_999)
+    code = """
+import resource, sys
+from parckpt.cli.main import main
+def peak_mb(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+try:
+    main(["diff", *sys.argv[1:3], "--headers"], prog_name="parckpt")
+except SystemExit:
+    before = peak_mb()
+try:
+    main(["diff", *sys.argv[1:3]], prog_name="parckpt")
+except SystemExit as end:
+    print(end.code, peak_mb() - before)
+"""
+    paths = [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=120, check=True)
+    status, grown_mb = map(int, done.stdout.splitlines()[-1].split())
+    assert "1 of 60000000 elements differ" in done.stdout
+    assert "largest difference 3.5 at [5999, 9999] (A 0.0, B 3.5)" in done.stdout
+    assert (status, grown_mb < 150) == (1, True), grown_mb
