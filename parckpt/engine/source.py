@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from parckpt.core import naming
 from parckpt.core.contents import Contents
 from parckpt.core.layout import Box
 from parckpt.core.manifest import Facts, Manifest
@@ -93,12 +94,19 @@ def open_source(fs: FileSystem, path: str, *, check: bool = False, strategy: Str
         if strategy is not None:
             raise ConfigError(f"{path} has a manifest, which says how it is cut: it takes no strategy", path=path)
         return Source(fs, found.path, found.root, load_manifest(fs, found), found.manifest_path)
+    _check_is_one(fs, path)
     manifest = foreign.without_checksums(foreign.open_foreign(fs, path, check=check, strategy=strategy))
     if not manifest.contents.tensors and not manifest.facts.append:
         # Also what is left of a file whose writing never began.
         raise FormatError(f"{path} holds no tensors", path=path, byte_offset=0, field="file")
     root = path if fs.stat(path).is_dir else os.path.dirname(path)
     return Source(fs, path, root, manifest, None)
+
+
+def _check_is_one(fs: FileSystem, path: str) -> None:
+    """A directory full of checkpoints is a frequent mistake: say what to do instead."""
+    if fs.stat(path).is_dir and not any(naming.parse_rank_directory(name) is not None for name in fs.listdir(path)):
+        raise CheckpointNotFoundError(f"{path} is not a checkpoint itself; parckpt ls lists what is in it", path=path)
 
 
 class BoxReading:
