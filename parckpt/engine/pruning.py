@@ -14,7 +14,7 @@ from parckpt.engine.catalog import Found, scan
 from parckpt.engine.deleting import remove_taken, take_away
 from parckpt.engine.keeper import candidate_of
 from parckpt.engine.survey import quick_problem
-from parckpt.errors import FormatError
+from parckpt.errors import FormatError, NoSpaceError
 from parckpt.storage.filesystem import FileSystem
 from parckpt.storage.identity import identify
 from parckpt.storage.lock import Lock
@@ -177,31 +177,73 @@ def prune(
     LockedError
         If a run is alive. What was deleted before that, of other prefixes, is gone.
     """
-    deleted: list[Judged] = []
-    left: list[tuple[Judged, str]] = []
-    # As a stranger to every job: this is no restart of the one whose shell it may be typed in.
-    identity = identify({}, secrets.token_hex(8))
+    work = _Pruning(fs, directory, rule, clock, stale_s, damaged, on_deleted)
     for family in sorted({one.run[0] for one in doomed}):
-        wanted = {(one.path, one.found.token) for one in doomed if one.run[0] == family}
-        lock = Lock.acquire(fs, directory, family, identity, clock, stale_s)
+        work.prune_family(family, [one for one in doomed if one.run[0] == family])
+    return Pruned(tuple(work.deleted), tuple(work.left))
+
+
+class _Pruning:
+    """One call of `prune`."""
+
+    def __init__(
+        self,
+        fs: FileSystem,
+        directory: str,
+        rule: Rule,
+        clock: Clock,
+        stale_s: float,
+        damaged: Mapping[str, str] | None,
+        on_deleted: Callable[[Judged], None],
+    ) -> None:
+        self._fs, self._directory, self._rule, self._clock = fs, directory, rule, clock
+        self._stale_s, self._damaged, self._on_deleted = stale_s, damaged, on_deleted
+        self.deleted: list[Judged] = []
+        self.left: list[tuple[Judged, str]] = []
+
+    def prune_family(self, family: str, doomed: Sequence[Judged]) -> None:
+        """Delete what was judged so of one prefix, holding its lock."""
         try:
-            for one in _oldest_first(judge_directory(fs, directory, family, rule, clock.wall(), damaged)):
-                if (one.path, one.found.token) not in wanted:
-                    continue
-                wanted.discard((one.path, one.found.token))
-                lock.refresh()
-                trash = None if one.keep else take_away(fs, one.found)
-                if trash is None:
-                    left.append((one, one.reason if one.keep else "pinned meanwhile"))
-                else:
-                    remove_taken(fs, one.found, trash)
-                    deleted.append(one)
-                    on_deleted(one)
+            lock = self._lock(family)
+        except NoSpaceError:
+            # Not even room for a lock: that is what somebody who prunes may well have come for. The lock was free a
+            # moment ago, or this were another error, and who starts just now cannot write its own. What was judged
+            # may go beside a start, too, since that takes the newest: so the first one goes without a lock.
+            self._delete_one_of(family, doomed)
+            lock = self._lock(family)
+        try:
+            self._delete(family, doomed, lock.refresh)
         finally:
             lock.release()
-        gone = {path for path, _ in wanted}
-        left += [(one, "gone already") for one in doomed if one.run[0] == family and one.path in gone]
-    return Pruned(tuple(deleted), tuple(left))
+        settled = {one.path for one in self.deleted} | {one.path for one, _ in self.left}
+        self.left += [(one, "gone already") for one in doomed if one.path not in settled]
+
+    def _lock(self, family: str) -> Lock:
+        # As a stranger to every job: this is no restart of the one whose shell it may be typed in.
+        identity = identify({}, secrets.token_hex(8))
+        return Lock.acquire(self._fs, self._directory, family, identity, self._clock, self._stale_s)
+
+    def _delete_one_of(self, family: str, doomed: Sequence[Judged]) -> None:
+        for one in _oldest_first(doomed):
+            self._delete(family, [one], lambda: None)
+            if self.deleted and self.deleted[-1].path == one.path:
+                return
+
+    def _delete(self, family: str, doomed: Sequence[Judged], check: Callable[[], None]) -> None:
+        settled = {one.path for one in self.deleted} | {one.path for one, _ in self.left}
+        wanted = {(one.path, one.found.token) for one in doomed if one.path not in settled}
+        judged = judge_directory(self._fs, self._directory, family, self._rule, self._clock.wall(), self._damaged)
+        for one in _oldest_first(judged):
+            if (one.path, one.found.token) not in wanted:
+                continue
+            check()
+            trash = None if one.keep else take_away(self._fs, one.found)
+            if trash is None:
+                self.left.append((one, one.reason if one.keep else "pinned meanwhile"))
+                continue
+            remove_taken(self._fs, one.found, trash)
+            self.deleted.append(one)
+            self._on_deleted(one)
 
 
 def _run_of(found: Found) -> tuple[str, str, str]:

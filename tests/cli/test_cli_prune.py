@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import parckpt
+from parckpt.core.tablefile import decode, encode
+from parckpt.engine.pins import pin
+from parckpt.engine.pruning import Rule, judge_directory, prune
+from parckpt.errors import NoSpaceError
 from parckpt.testing.clock import ManualClock
+from parckpt.testing.filesystem import MemoryFileSystem
 
 
 def _run(directory: Path, steps: int, prefix: str = "m", minutes: float = 10, **options: Any) -> None:
@@ -184,8 +191,6 @@ def test_refused_beside_a_living_run(call: Any, tmp_path: Path) -> None:
 
 
 def test_a_hostile_policy(call: Any, published: Path) -> None:
-    from parckpt.core.tablefile import decode, encode
-
     path = published / "ranks-2_2" / "manifest"
     table = decode(path.read_bytes(), str(path), "manifest")
     facts = {**table.facts, "policy": {"keep": {"count": "many"}}}
@@ -204,3 +209,41 @@ def test_after_a_crash(call: Any, crashed: Callable[[str], Path], finish: Callab
     finish(directory)
     assert call("prune", directory, "--keep", 1, "--yes").status == 0
     assert len(_steps(call, directory)) == 1
+
+
+class _Full(MemoryFileSystem):
+    """Has no room for a lock until something was deleted."""
+
+    full = False
+
+    def open(self, path: str, flags: int, mode: int = 0o600) -> int:
+        if self.full and ".lock" in path and flags & os.O_CREAT:
+            raise NoSpaceError(f"{path}: no space", errno=errno.ENOSPC, operation="open", path=path)
+        return super().open(path, flags, mode)
+
+    def unlink(self, path: str) -> None:
+        super().unlink(path)
+        self.full = False
+
+
+def test_where_not_even_a_lock_has_room() -> None:
+    fs = _Full()
+    fs.mkdir("/d")
+    config = parckpt.CheckpointConfig(save_checkpoint_steps=1, keep_checkpoint_max=10)
+    with parckpt.ModelCheckpoint("m", "/d", config, comm=parckpt.SELF, filesystem=fs) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.step_end({"w": np.full(2, float(step))}, step)
+    rule, clock = Rule(count=2), ManualClock()
+    doomed = [one for one in judge_directory(fs, "/d", None, rule, 0.0) if not one.keep]
+    oldest = next(one.found for one in doomed if one.path == "/d/m-1_1.ckpt")
+    pin(fs, oldest)
+    fs.full = True
+    done = prune(fs, "/d", doomed, rule, clock, 600.0)
+    assert sorted(one.path for one in done.deleted) == ["/d/m-1_2.ckpt", "/d/m-1_3.ckpt"]
+    assert [one.path for one, _ in done.left] == ["/d/m-1_1.ckpt"]
+    assert not fs.full
+    assert [name for name in fs.listdir("/d") if ".lock" in name or ".trash" in name] == []
+    fs.full = True
+    with pytest.raises(NoSpaceError):
+        prune(fs, "/d", doomed, rule, clock, 600.0)
+    assert len([name for name in fs.listdir("/d") if name.endswith(".ckpt")]) == 3
