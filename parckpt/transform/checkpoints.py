@@ -14,7 +14,7 @@ from parckpt.engine.group import Group
 from parckpt.engine.rewrite import OutputSpec, write_files
 from parckpt.engine.rounds import compare_arguments
 from parckpt.engine.staging import Modes
-from parckpt.errors import ConfigError, ConfigTypeError
+from parckpt.errors import ConfigError, ConfigTypeError, LayoutError
 from parckpt.formats.registry import FORMATS
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem, try_stat
 from parckpt.transform.arguments import StrategyLike, path_text, processes, safe_path, strategy_of
@@ -247,6 +247,8 @@ def _write(
 ) -> None:
     def specs() -> list[OutputSpec]:
         wanted = range(recut.nranks) if ranks is None else ranks
+        if any(not 0 <= rank < recut.nranks for rank in wanted):
+            raise LayoutError(f"there is no rank {max(wanted)} among the {recut.nranks} of the target strategy")
         return [OutputSpec(path_of(rank), recut.pieces(rank), recut.numbers(rank)) for rank in wanted]
 
     outputs = run_on_all(group.comm, specs, group.waiter)

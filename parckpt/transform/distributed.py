@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from parckpt.comm.launch import launched_by
 from parckpt.core.checks import boolean, choice, decryption, mode, text
-from parckpt.core.flat import FlatState
-from parckpt.core.layout import Box, whole
 from parckpt.core.netfill import complaints
-from parckpt.core.state import State, flatten
+from parckpt.core.state import State
 from parckpt.core.strategy import Strategy
 from parckpt.engine import notyet
-from parckpt.engine.group import Group
-from parckpt.engine.local import as_state
-from parckpt.engine.rewrite import OutputSpec, Piece, write_files
-from parckpt.engine.source import BoxReading, Source
 from parckpt.engine.staging import Modes
-from parckpt.errors import ConfigError, ConfigTypeError, FormatError, StateWarning
-from parckpt.formats.registry import FORMATS
+from parckpt.errors import ConfigError, ConfigTypeError, StateWarning
 from parckpt.netload import fill_net
-from parckpt.storage.atomic import read_file
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem, try_stat
 from parckpt.transform.arguments import StrategyLike, path_text, processes, strategy_of
+from parckpt.transform.loading import Loading
 from parckpt.transform.outputs import Recut
 from parckpt.transform.reading import TIMEOUT_S, Opened, group_of, open_files, share
-from parckpt.transform.unified import HYPER_PARAMETERS, NAME_MAP
+from parckpt.transform.unifiedfiles import open_unified
 
 __all__ = ["load_distributed_checkpoint"]
-
-_MAX_MAP_NBYTES = 256 << 20
 
 
 def load_distributed_checkpoint(
@@ -144,10 +134,11 @@ def load_distributed_checkpoint(
             if found.files is not None:
                 return open_files(fs, found.files, found.train, named=_names(found.predict), check=check)
             assert unified_safetensors_dir is not None
-            return _open_unified(fs, os.path.abspath(unified_safetensors_dir), found.names, check)
+            return open_unified(fs, os.path.abspath(unified_safetensors_dir), found.names, check)
 
         opened = share(group, opening)
-        loading = _Loading(group, fs, opened, Recut(opened, found.train, found.predict), found)
+        recut = Recut(opened, found.train, found.predict)
+        loading = Loading(group, fs, opened, recut, found.predict, found.rank, unified=found.files is None)
         said += loading.absent() if group.is_root else []
         if network is None and not return_param_dict:
             assert dst_safetensors_dir is not None
@@ -238,147 +229,3 @@ def _check_rank(rank: Any, predict: Strategy | None, writes: bool, alone: bool) 
     if rank < 0 or (predict is not None and rank >= predict.nranks):
         raise ConfigError(f"rank_id: there is no rank {rank} in predict_strategy", parameter="rank_id")
     return rank
-
-
-# -- unified files ----------------------------------------------------------------------------------------------------
-
-
-def _open_unified(fs: FileSystem, directory: str, names: Mapping[str, str], check: bool) -> Opened:
-    """Open what `unified_safetensors` has written, by its map; or the one file of a directory."""
-    stat = try_stat(fs, directory)
-    if stat is None or not stat.is_dir:
-        raise ConfigError(f"{directory} is not a directory", parameter="unified_safetensors_dir")
-    present = sorted(name for name in fs.listdir(directory) if name.endswith(".safetensors") and name[0] != ".")
-    hyper = [name for name in present if name == HYPER_PARAMETERS]
-    where = _weight_map(fs, directory) if NAME_MAP in fs.listdir(directory) else None
-    if where is None and len(present) - len(hyper) != 1:
-        raise ConfigError(
-            f"{directory} has {len(present) - len(hyper)} .safetensors files, but no {NAME_MAP} says what is where",
-            parameter="unified_safetensors_dir",
-        )
-    parts = sorted(set(where.values())) if where is not None else [name for name in present if name not in hyper]
-    for name in parts:
-        if name not in present:
-            raise ConfigError(f"{directory}: {NAME_MAP} names {name}, which is not there", path=directory)
-    files = {rank: os.path.join(directory, name) for rank, name in enumerate([*parts, *hyper])}
-    return _in_order(open_files(fs, files, None, named=None, check=check), len(parts), where, names, directory)
-
-
-def _weight_map(fs: FileSystem, directory: str) -> dict[str, str]:
-    """Tensor to file; hostile, as all that comes from disk."""
-    path = os.path.join(directory, NAME_MAP)
-    try:
-        found = json.loads(read_file(fs, path, _MAX_MAP_NBYTES))
-        where = found.get("weight_map", found)
-        if not where or not all(isinstance(word, str) for pair in where.items() for word in pair):
-            raise ValueError("no mapping of names to files")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{path} is no map of tensors: {error}", path=path, byte_offset=0, field="map") from error
-    for name in where.values():
-        if os.path.basename(name) != name or name.startswith("."):
-            raise FormatError(f"{path}: {name!r} is no file beside it", path=path, byte_offset=0, field="map")
-    return dict(where)
-
-
-def _in_order(
-    opened: Opened, parts: int, where: Mapping[str, str] | None, names: Mapping[str, str], directory: str
-) -> Opened:
-    """The tensors under the network's names, in the map's order; what is in parts but not in the map is left out."""
-    listed = [name for part in range(parts) for name in opened.names[part]]
-    hyper = [name for part in range(parts, len(opened.names)) for name in opened.names[part]]
-    if where is not None:
-        stored = [names.get(name, name) for name in where]
-        absent = sorted(set(stored) - set(listed) - {n for k in range(parts) for n in opened.numbers.get(k, {})})
-        if absent:
-            raise FormatError(
-                f"{directory}: {NAME_MAP} names {absent[0]!r}, but no file has it",
-                path=directory,
-                byte_offset=0,
-                field=absent[0],
-            )
-        listed = [name for name in stored if name in set(listed)]
-    back = {stored: own for own, stored in names.items()}
-    rows = tuple(replace(row, name=back.get(row.name, row.name)) for row in opened.contents.tensors)
-    if len({row.name for row in rows}) != len(rows):
-        raise ConfigError("name_map gives two tensors one name", parameter="name_map")
-    manifest = replace(opened.manifest, contents=replace(opened.contents, tensors=rows))
-    singles = {back.get(name, name): value for found in opened.numbers.values() for name, value in found.items()}
-    listed, hyper = ([back.get(name, name) for name in found] for found in (listed, hyper))
-    return Opened(manifest, opened.root, {0: [*listed, *hyper], 1: hyper}, {0: singles})
-
-
-# -- loading ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Loading:
-    """What one call loads."""
-
-    group: Group
-    fs: FileSystem
-    opened: Opened
-    recut: Recut
-    arguments: _Arguments
-
-    def absent(self) -> list[str]:
-        """Say which tensors the target strategy names and no file has."""
-        predict = self.arguments.predict
-        if predict is None:
-            return []
-        present = {row.name for row in self.opened.contents.tensors}
-        present |= {name for found in self.opened.numbers.values() for name in found}
-        missing = [name for name in predict.names if name not in present]
-        shown = f"{', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}"
-        return [f"predict_strategy names tensors that no file has: {shown}"] if missing else []
-
-    def pieces(self, rank: int) -> tuple[Piece, ...]:
-        """What a rank gets: of unified files only what the target strategy names, in its order, and what none names."""
-        found = self.recut.pieces(rank)
-        predict = self.arguments.predict
-        if predict is None or self.arguments.files is not None:
-            return found
-        places = {name: place for place, name in enumerate(predict.names)}
-        hyper = set(self.opened.names.get(1, ()))
-        kept = [piece for piece in found if piece.name in places]
-        return (*sorted(kept, key=lambda piece: places[piece.name]), *(p for p in found if p.name in hyper))
-
-    def write(self, directory: str, output_format: str, modes: Modes) -> None:
-        """One file for each rank, or for one. Collective."""
-        rank = self.arguments.rank
-        ranks = range(self.recut.nranks) if rank is None else [rank]
-
-        def specs() -> list[OutputSpec]:
-            paths = {r: os.path.join(directory, f"rank_{r}", f"net.{output_format}") for r in ranks}
-            return [OutputSpec(path, self.pieces(r), self.recut.numbers(r)) for r, path in paths.items()]
-
-        outputs = self.group.run(specs)
-        form, opened = FORMATS[output_format], self.opened
-        write_files(self.group, self.fs, opened.manifest, opened.root, outputs, form, modes=modes)
-
-    def arrays(self, network: State | None) -> dict[str, Any]:
-        """This rank's arrays. Not collective."""
-        rank = self.arguments.rank if self.arguments.rank is not None else self.group.rank
-        rank = rank if self.arguments.predict is not None else 0
-        pieces = self.pieces(rank)
-        if network is not None and self.arguments.predict is None:
-            pieces = _own_boxes(pieces, flatten(as_state(network), writable=True))
-        source = Source(self.fs, self.opened.root, self.opened.root, self.opened.manifest, None)
-        with BoxReading(source).start([(piece.tensor, piece.box) for piece in pieces]) as batch:
-            found = dict(zip((piece.name for piece in pieces), batch.arrays(), strict=True))
-        return {**found, **self.recut.numbers(rank)}
-
-
-def _own_boxes(pieces: Sequence[Piece], flat: FlatState) -> tuple[Piece, ...]:
-    """Read only what a leaf of the same name and shape holds."""
-    boxes: dict[tuple[str, tuple[int, ...]], Box] = {}
-    for leaf in flat.tensors:
-        if not leaf.per_rank:
-            found = [Box(tuple(piece.offsets), tuple(piece.shape)) for piece in leaf.pieces]
-            if len(found) == 1:
-                boxes[leaf.name, tuple(leaf.global_shape)] = found[0]
-    return tuple(
-        replace(piece, box=boxes.get((piece.name, piece.box.shape), piece.box))
-        if piece.box == whole(piece.box.shape)
-        else piece
-        for piece in pieces
-    )

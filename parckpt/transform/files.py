@@ -88,7 +88,7 @@ def _listed(fs: FileSystem, directory: str) -> list[str]:
 def _one(directory: str, names: Sequence[str], suffix: str | None, form: str) -> str:
     """The name that is meant, of those in one directory."""
     if suffix is None or len(names) == 1:
-        return max(names, key=_order)
+        return max(names, key=lambda name: _order(os.path.basename(directory), name))
     pattern = next((mark for words, mark in _SUFFIXES if re.fullmatch(words, suffix)), None)
     if pattern is None:
         raise _unclear(directory, names, suffix)
@@ -113,8 +113,9 @@ def _unclear(directory: str, names: Sequence[str], suffix: str) -> ConfigError:
     )
 
 
-def _order(name: str) -> tuple[list[int], str]:
-    return [int(number) for number in re.findall(r"\d+", os.path.splitext(name)[0])[-2:]], name
+def _order(directory: str, name: str) -> tuple[list[int], str]:
+    """The last two numbers, of which the first is the rank where the name has one only."""
+    return [int(number) for number in re.findall(r"\d+", f"{directory}/{os.path.splitext(name)[0]}")[-2:]], name
 
 
 def _check_together(files: dict[int, str]) -> None:

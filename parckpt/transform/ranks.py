@@ -41,11 +41,17 @@ def rank_list_for_transform(
     fs = filesystem if filesystem is not None else PosixFileSystem()
     source = strategy_of("src_strategy_file", src_strategy_file, fs)
     assert source is not None
-    return needed(rank_id, source, strategy_of("dst_strategy_file", dst_strategy_file, fs))
+    target = strategy_of("dst_strategy_file", dst_strategy_file, fs)
+    # For stages of one rank MindSpore keeps the number in the job, and so spreads the stages over the replicas.
+    alone = target is not None and target.stage_nranks == 1
+    return needed(rank_id, source, target, local=rank_id if alone else None)
 
 
-def needed(rank: int, source: Strategy, target: Strategy | None) -> list[int]:
-    """Return the source ranks that MindSpore reads for a target rank, descending."""
+def needed(rank: int, source: Strategy, target: Strategy | None, *, local: int | None = None) -> list[int]:
+    """Return the source ranks that MindSpore reads for a target rank, descending.
+
+    ``local`` is the rank's number in its stage, if that is not to follow from `rank`.
+    """
     if target is not None and not 0 <= rank < target.nranks:
         raise LayoutError(f"there is no rank {rank} among the {target.nranks} of the target strategy", ranks=[rank])
     kept = by_stage(source)
@@ -56,9 +62,9 @@ def needed(rank: int, source: Strategy, target: Strategy | None) -> list[int]:
         ours = {name: stages[stage] for name, stages in everything.items() if stage in stages}
         kept = {name: stages for name, stages in kept.items() if name in ours or name not in everything}
         rank %= target.stage_nranks
-    local = _local(rank, kept, ours)
+    inside = _local(rank if local is None else local, kept, ours)
     held = {stage for stages in kept.values() for stage in stages}
-    return sorted({stage * source.stage_nranks + other for stage in held for other in local}, reverse=True)
+    return sorted({stage * source.stage_nranks + other for stage in held for other in inside}, reverse=True)
 
 
 def _local(
