@@ -39,10 +39,13 @@ class Recut:
         return {row.name: number for number, row in rows if row.per_rank < 0}
 
     def source_ranks(self, rank: int) -> list[int]:
-        """Source ranks that a target rank needs, descending, as MindSpore lists them."""
+        """Source ranks that a target rank needs, descending, as MindSpore lists them; all, where it cannot do it."""
         if self._source is None or self._is_published:
             return [0]
-        return needed(rank, self._source, self._target)
+        try:
+            return needed(rank, self._source, self._target)
+        except LayoutError:
+            return list(range(self._source.nranks - 1, -1, -1))
 
     def pieces(self, rank: int) -> tuple[Piece, ...]:
         """Tensors of a target rank: first those that both strategies name, then the others."""
