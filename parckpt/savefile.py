@@ -21,7 +21,7 @@ from parckpt.engine.group import Group
 from parckpt.engine.local import LocalState, as_state
 from parckpt.engine.planning import check_replicas, make_plan, node_numbers
 from parckpt.engine.rounds import compare_arguments
-from parckpt.engine.saveargs import Arguments, check_place
+from parckpt.engine.saveargs import Arguments, check_directory
 from parckpt.engine.saver import Saver, Ticket
 from parckpt.engine.sweep import recover
 from parckpt.errors import ConfigError, ConfigWarning
@@ -99,7 +99,8 @@ def save_checkpoint(
     group = Group(resolve(SELF if comm is None else comm, os.environ), Waiter(agree_timeout_s))
     try:
         with deferred_interrupt():
-            arguments = group.run(lambda: Arguments.checked(given, together=comm is not None))
+            look = fs if group.is_root else None
+            arguments = group.run(lambda: Arguments.checked(given, look, together=comm is not None))
             compare_arguments(group, arguments.compared())
             _Saving(group, fs, arguments).run(lambda: _flat_to_save(save_obj, choice_func, comm))
     finally:
@@ -128,7 +129,7 @@ class _Saving:
         locks: list[Lock] = []
         try:
             local = self.group.run(lambda: LocalState.of(flatten_state()))
-            self._on_root(lambda: check_place(self.fs, arguments))
+            self._on_root(lambda: check_directory(self.fs, arguments.path))
             planned = make_plan(
                 self.group,
                 local,

@@ -233,6 +233,8 @@ class _Pairing:
 
     def pair(self, wanted: Sequence[str], stored: Sequence[str]) -> dict[str, str]:
         kept = [name for name in stored if self.arguments.keep(name)]
+        if self.arguments.format == "safetensors" or self.arguments.path.endswith(".safetensors"):
+            kept.sort()  # between several prefixes the order decides, and MindSpore has these by name
         self.chosen += len(kept)
         pairs = netrules.pair(wanted, kept, strict=self.arguments.strict)
         self.renamed.update({name: found for name, found in pairs.items() if name != found})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from parckpt.formats.base import Format
 from parckpt.formats.registry import FORMATS
 from parckpt.storage.filesystem import FileSystem, try_stat
 
-__all__ = ["Arguments", "check_place"]
+__all__ = ["Arguments", "check_directory", "file_form", "file_path"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class Arguments:
     """
 
     path: str
-    given: str
     form: Format
     several: bool
     remove_redundancy: bool
@@ -49,11 +48,13 @@ class Arguments:
     warnings: tuple[str, ...]
 
     @classmethod
-    def checked(cls, given: Mapping[str, Any], *, together: bool) -> Arguments:
-        """Check what the caller gave.
+    def checked(cls, given: Mapping[str, Any], fs: FileSystem | None, *, together: bool) -> Arguments:
+        """Check what the caller gave. Not collective.
 
         Parameters
         ----------
+        fs : FileSystem or None
+            Where to look whether a directory has the name; None on ranks that leave that to root.
         together : bool
             The call is one of several ranks.
         """
@@ -61,6 +62,8 @@ class Arguments:
         form = file_form(given["format"])
         _check_object(given["save_obj"])
         path = file_path(given["ckpt_file_name"], form.extension)
+        if fs is not None:
+            _check_name(fs, (path, os.path.abspath(given["ckpt_file_name"])))
         integrated = checks.boolean("integrated_save", given["integrated_save"])
         asynchronous = checks.asynchronous(given["async_save"])
         append = checks.appended(given["append_dict"])
@@ -78,7 +81,6 @@ class Arguments:
         notyet.refuse(async_save=asynchronous, enc_key=given["enc_key"])
         return cls(
             path=path,
-            given=os.path.abspath(given["ckpt_file_name"]),
             form=form,
             several=together and (bool(spared) or not integrated),
             remove_redundancy=bool(spared),
@@ -108,24 +110,23 @@ class Arguments:
         }
 
 
-def check_place(fs: FileSystem, arguments: Arguments) -> None:
-    """Refuse a name that a directory has, unless it is a checkpoint of ours, and a directory that is not there.
-
-    Raises
-    ------
-    NotAFileError, DirectoryNotFoundError
-    """
-    for path in {arguments.path, arguments.given}:
-        stat = try_stat(fs, path)
-        if stat is not None and stat.is_dir and try_stat(fs, os.path.join(path, naming.MANIFEST)) is None:
-            raise NotAFileError(f"ckpt_file_name {path} is a directory; expected the name of a file in it", path=path)
-    directory = os.path.dirname(arguments.path)
+def check_directory(fs: FileSystem, path: str) -> None:
+    """DirectoryNotFoundError if there is no directory to write a file into."""
+    directory = os.path.dirname(path)
     if try_stat(fs, directory) is None:
         raise DirectoryNotFoundError(
-            f"{directory} does not exist: make it before saving {os.path.basename(arguments.path)} into it",
+            f"{directory} does not exist: make it before saving {os.path.basename(path)} into it",
             errno=errno.ENOENT,
             path=directory,
         )
+
+
+def _check_name(fs: FileSystem, paths: Iterable[str]) -> None:
+    """Refuse a name that a directory has, unless that is a checkpoint of ours, which may be replaced."""
+    for path in paths:
+        stat = try_stat(fs, path)
+        if stat is not None and stat.is_dir and try_stat(fs, os.path.join(path, naming.MANIFEST)) is None:
+            raise NotAFileError(f"ckpt_file_name {path} is a directory; expected the name of a file in it", path=path)
 
 
 def file_form(name: Any) -> Format:
