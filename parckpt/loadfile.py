@@ -10,12 +10,11 @@ from typing import Any
 
 from parckpt.comm.launch import SELF, resolve
 from parckpt.comm.wait import Waiter
-from parckpt.core.netfill import complaints
 from parckpt.core.state import State
 from parckpt.core.strategy import Strategy
 from parckpt.engine.group import Group
 from parckpt.engine.loadargs import Arguments
-from parckpt.engine.loading import Loading, load_own
+from parckpt.engine.loading import Loading, complaints, load_own
 from parckpt.errors import StateWarning
 from parckpt.netload import fill_net
 from parckpt.signals import deferred_interrupt
@@ -132,5 +131,5 @@ def _load(group: Group, fs: FileSystem, arguments: Arguments, net: State | None,
         return Loading(group, fs, arguments, said).run(net)
     if net is not None:
         fill = fill_net(group, net, own, arguments.strict, True, alone=False)
-        said += complaints(fill.param_not_load, fill.renamed)
+        said += complaints(group, fill.param_not_load, fill.renamed)
     return own

@@ -15,9 +15,10 @@ from parckpt.comm.launch import SELF, launched_by, resolve
 from parckpt.comm.wait import Waiter
 from parckpt.core import checks
 from parckpt.core.flat import TensorLeaf
-from parckpt.core.netfill import Fill, check_entries, complaints, put
+from parckpt.core.netfill import Fill, check_entries, put
 from parckpt.core.state import State, flatten
 from parckpt.engine.group import Group
+from parckpt.engine.loading import complaints
 from parckpt.engine.local import as_state
 from parckpt.errors import ConfigError, ConfigTypeError, StateWarning
 from parckpt.signals import deferred_interrupt
@@ -58,7 +59,7 @@ def load_param_into_net(
     Returns
     -------
     param_not_load : list of str
-        Names of the net that were not filled (but for accumulated gradients, ``accu_grads*``). Warned about.
+        Names of the net that were not filled (but for accumulated gradients, ``accu_grads*``). Root warns.
     ckpt_not_load : list of str
         Names of the dict of which the net has no equal; those that were found behind a prefix are among them.
 
@@ -73,9 +74,10 @@ def load_param_into_net(
     try:
         with deferred_interrupt():
             fill = fill_net(group, net, parameter_dict, strict_load, remove_redundancy, alone=comm is None)
+            said = complaints(group, fill.param_not_load, fill.renamed)
     finally:
         group.comm.free()
-    for message in complaints(fill.param_not_load, fill.renamed):
+    for message in said:
         warnings.warn(message, StateWarning, stacklevel=2)
     return fill.param_not_load, fill.ckpt_not_load
 

@@ -26,7 +26,7 @@ from parckpt.errors import CheckpointNotFoundError, ConfigError, IntegrityError
 from parckpt.storage.direct import InputFile
 from parckpt.storage.filesystem import FileSystem, try_stat
 
-__all__ = ["Loading", "as_loaded", "load_own"]
+__all__ = ["Loading", "as_loaded", "complaints", "load_own"]
 
 # The first bytes of MindSpore's encrypted files.
 _CIPHER_MAGICS = {b"\xd8\x5e\x3a\x7f": "AES-GCM", b"\xd9\x5e\x3a\x7f": "AES-CBC", b"\xda\x5e\x3a\x7f": "SM4-CBC"}
@@ -119,24 +119,14 @@ class Loading:
         kept = [name for name in restored.progress.append_dict if self.arguments.keep(name)]
         self.group.run(lambda: pairing.check(kept))
         missing = set(restored.progress.missing)
-        self._report(pairing.renamed, [name for name in restored.progress.missing if self.arguments.keep(name)])
+        lacking = [name for name in restored.progress.missing if self.arguments.keep(name)]
+        self.said.extend(complaints(self.group, netrules.not_loaded(lacking, {}), pairing.renamed))
         held = {leaf.name: _one(leaf.pieces) for leaf in flat.tensors}
         return {
             leaf.name: restored.arrays.get(leaf.name, held[leaf.name])
             for leaf in flat.tensors
             if leaf.name not in missing
         }
-
-    def _report(self, renamed: Mapping[str, str], missing: Sequence[str]) -> None:
-        """Gather on root what it is to say of all ranks. Collective."""
-        report = json.dumps([renamed, netrules.not_loaded(missing, {})]).encode("utf-8")
-        together: dict[str, str] = {}
-        lacking: dict[str, None] = {}
-        for data in self.group.allgather_distinct(report)[0]:
-            theirs, names = json.loads(data)
-            together.update(theirs)
-            lacking.update(dict.fromkeys(names))
-        self._say(*netfill.complaints(list(lacking), together))
 
     def _say(self, *messages: str) -> None:
         if self.group.is_root:
@@ -209,6 +199,17 @@ class Loading:
             name = os.path.join(root, file.path if is_dir else os.path.basename(path))
             index, _ = foreign.index_file(self.fs, name, form)
             foreign.verify_crc(self.fs, name, index, required=True)
+
+
+def complaints(group: Group, missing: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
+    """Root: what is to be said of the names that any rank did not find, or found elsewhere. Collective."""
+    lacking: dict[str, None] = {}
+    together: dict[str, str] = {}
+    for data in group.allgather_distinct(json.dumps([list(missing), dict(renamed)]).encode("utf-8"))[0]:
+        names, theirs = json.loads(data)
+        lacking.update(dict.fromkeys(names))
+        together.update(theirs)
+    return netfill.complaints(list(lacking), together) if group.is_root else []
 
 
 def load_own(group: Group, fs: FileSystem, arguments: Arguments, said: list[str]) -> dict[str, Any] | None:
