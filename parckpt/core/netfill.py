@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from parckpt.core import dtypes, netrules
+from parckpt.core.adapting import as_leaf
 from parckpt.core.dtypes import DType
 from parckpt.core.flat import FlatState, LocalPiece, TensorLeaf, ValueLeaf
 from parckpt.core.layout import Box, slices
@@ -129,8 +130,7 @@ class Fill:
         return f"{name}@rank_{self.rank}"
 
     def _tensor(self, leaf: TensorLeaf, stored: str) -> None:
-        entry: Array = np.asarray(self.entries[stored])
-        dtype = dtypes.from_numpy(entry.dtype)
+        entry, dtype = _read(self.entries[stored])
         if not self._converts(dtype, leaf.dtype):
             self.mismatched.append(f"{leaf.name} is {leaf.dtype.name} in the net and {dtype.name} in parameter_dict")
             return
@@ -150,10 +150,11 @@ class Fill:
         ]
 
     def _converts(self, stored: DType, wanted: DType) -> bool:
+        # int4 and int8 are one type of numpy, of which an array says nothing.
         return stored.numpy == wanted.numpy or (not self.strict and netrules.converts(stored, wanted))
 
     def _value(self, leaf: ValueLeaf, stored: str) -> None:
-        entry = self.entries[stored]
+        entry = _read(self.entries[stored])[0] if _is_array(self.entries[stored]) else self.entries[stored]
         if isinstance(entry, (np.ndarray, np.generic)) and not isinstance(leaf.value, np.generic):
             entry = entry.item()
         elif isinstance(entry, np.ndarray):
@@ -180,12 +181,13 @@ def check_entries(parameter_dict: Any) -> dict[str, Any]:
                 f"the names of parameter_dict must be str, not {name!r} of type {type(name).__name__}",
                 parameter="parameter_dict",
             )
-        if not (plain_array(value) or isinstance(value, list) or is_plain(value)):
+        if not (_is_entry(value) or isinstance(value, list) or is_plain(value)):
             raise ConfigTypeError(
                 f"parameter_dict[{name!r}] must be an array, a list or a plain value, not {type(value).__name__}",
                 parameter="parameter_dict",
             )
-    return dict(parameter_dict)
+    # A framework's tensors are arrays that live elsewhere.
+    return {name: value if plain_array(value) else as_leaf(value) or value for name, value in parameter_dict.items()}
 
 
 def complaints(missing: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
@@ -233,13 +235,25 @@ def _cut(leaf: TensorLeaf, piece: LocalPiece, entry: Array) -> Array | None:
     return None
 
 
+def _is_entry(value: Any) -> bool:
+    return plain_array(value) or isinstance(value, Leaf) or as_leaf(value) is not None
+
+
+def _read(entry: np.ndarray[Any, Any] | Leaf) -> tuple[Array, DType]:
+    if isinstance(entry, np.ndarray):
+        return entry, dtypes.from_numpy(entry.dtype)
+    array: Array = np.empty(entry.shape, entry.dtype.numpy)
+    entry.read_into(array)
+    return array, entry.dtype
+
+
 def _is_array(entry: Any) -> bool:
-    return isinstance(entry, np.ndarray)
+    return isinstance(entry, (np.ndarray, Leaf))
 
 
 def _is_scalar(entry: Any) -> bool:
     """Whether an entry can become a plain value: numbers are 0-d arrays in what `load_checkpoint` returns."""
-    return entry.ndim == 0 if isinstance(entry, np.ndarray) else True
+    return entry.shape == () if _is_array(entry) else True
 
 
 def _kinds(suits: Callable[[Any], bool]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
+from mindspore import nn
 
 import parckpt
 
@@ -34,7 +35,7 @@ TYPES = [
 ]
 NAMES = ["w", "w.bias", "net.w", "head.weight", "emb", "步骤", "a b", "x.y.z"]
 SHAPES: list[tuple[int, ...]] = [(), (1,), (3,), (2, 3), (1, 1), (4, 1, 2), (300,)]
-OBJECTS = ["dict", "dict", "dict", "dict", "list", 5, None, "text", (1, 2), {1, 2}]
+OBJECTS = ["list", "list", "parameters", "cell", "dict of parameters", 5, None, "text", (1, 2), {1, 2}]
 APPEND = [None, {}, {"epoch_num": 3, "step_num": 7}, {"lr": 0.1, "flag": True, "big": 2**63, "least": -(2**63)}]
 APPEND += [
     {"note": "text"},
@@ -85,6 +86,13 @@ def in_directory(path: str) -> Iterator[None]:
         os.chdir(before)
 
 
+class Net(nn.Cell):
+    def __init__(self, parameters: dict[str, ms.Parameter]) -> None:
+        super().__init__()
+        for number, parameter in enumerate(parameters.values()):
+            setattr(self, f"p{number}", parameter)
+
+
 def attempt(save: Any, call: dict[str, Any]) -> tuple[dict[str, bytes], BaseException | None]:
     """The files that a call leaves in a fresh directory, and what it raised."""
     shutil.rmtree("here", ignore_errors=True)
@@ -120,7 +128,7 @@ def test_random_saves() -> None:
         kind = "dict"
         names = source.sample(sorted(ARGUMENTS), source.choice([0, 1, 1, 2, 2, 3, 4]))
         call |= {name: source.choice(ARGUMENTS[name]) for name in names}
-        if source.random() < 0.2:
+        if source.random() < 0.4:
             kind = source.choice(OBJECTS)
         mine: Any = state if kind == "dict" else kind
         other: Any = mine
@@ -128,6 +136,10 @@ def test_random_saves() -> None:
             only = {n: v for n, v in state.items() if not isinstance(v, str)}
             mine = [{"name": n, "data": v} for n, v in only.items()]
             other = [{"name": n, "data": ms.Parameter(ms.Tensor(v), name=n)} for n, v in only.items()]
+        elif kind in ("parameters", "cell", "dict of parameters"):
+            only = {n: ms.Parameter(ms.Tensor(v), name=n) for n, v in state.items() if not isinstance(v, str)}
+            state = dict(only)
+            mine = other = {"parameters": list(only.values()), "cell": Net(only), "dict of parameters": only}[kind]
         their_files, their_error = attempt(ms.save_checkpoint, {"save_obj": other, **call})
         our_files, our_error = attempt(parckpt.save_checkpoint, {"save_obj": mine, **call})
         where = f"{number}: {kind} {describe(state)} {call}: {their_error!r} against {our_error!r}"
