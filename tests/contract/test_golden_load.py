@@ -114,3 +114,11 @@ def test_mindspore_rank_directories_restore_on_any_number_of_ranks(name: str, si
         assert step == 2
         for key, array in state.items():
             assert hashlib.sha256(array.tobytes()).hexdigest() == expected[key]["sha256"], key
+
+
+@pytest.mark.parametrize(("mode", "first"), [("AES-GCM", 0xD8), ("AES-CBC", 0xD9), ("SM4-CBC", 0xDA)])
+def test_what_is_encrypted_is_said_to_be(mode: str, first: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(bytes([first]) + b"\x5e\x3a\x7f" + bytes(200))
+    with pytest.raises(parckpt.ConfigError, match=f"is encrypted with {mode}: pass dec_key"):
+        parckpt.load_checkpoint(path, allow_unverified=True)

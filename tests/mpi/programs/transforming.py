@@ -31,7 +31,9 @@ def main() -> None:
     parckpt.load_distributed_checkpoint(
         net, predict_strategy=ours, format="safetensors", unified_safetensors_dir=unified, comm=comm
     )
-    own = parckpt.load_checkpoint(str(root / "files" / f"rank_{comm.rank}" / f"p{comm.rank}.ckpt"), allow_unverified=True)
+    own = parckpt.load_checkpoint(
+        str(root / "files" / f"rank_{comm.rank}" / f"p{comm.rank}.ckpt"), allow_unverified=True
+    )
     same = all(np.array_equal(net[name], own[name]) and np.array_equal(own[name], expected[name]) for name in FULL)
     if comm.rank == 0:
         path = root / "source" / "rank_1" / "net-1_2.ckpt"
