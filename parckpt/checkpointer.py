@@ -69,7 +69,7 @@ class ModelCheckpoint(CallbackShape):
     directory : str, path-like or callable, optional
         Where checkpoints go; made if it is missing. Default: the working directory. A callable is called like that of
         ``prefix``, and once at the start, at step 0: `restore` looks into what it returns then, and into all that the
-        run went on to from there.
+        run went on to from there. The numbers of what is kept hold in each directory by itself.
     config : CheckpointConfig, optional
         Default: ``CheckpointConfig()``.
     comm : mpi4py communicator, parckpt.SELF or Communicator, optional
@@ -120,7 +120,7 @@ class ModelCheckpoint(CallbackShape):
         self._left = False  # all ranks have left together: what is left to do waits for nobody
         #: Path of the last published checkpoint; empty before the first.
         self.latest_ckpt_file_name = ""
-        #: Whether a save was due at the last step, and why; where no save was made, as this rank's clock has it.
+        #: Whether a save was due at the last step, and why.
         self.last_decision: Decision | None = None
         try:
             names, home = self._agree_on_arguments(prefix, directory, family, config, steps_per_epoch)
@@ -343,6 +343,8 @@ class ModelCheckpoint(CallbackShape):
             agreed = self._round(Call.STEP, self._step, prepared, due=due)
             if agreed.action is Action.SAVE:
                 self._save(prepared, agreed, cause)
+            elif self.last_decision is not None and self.last_decision.save:
+                self.last_decision = _NOT_BY_ROOT
 
     def save_now(self, state: State | None = None, step: int | None = None) -> str:
         """Save at once, due or not. Collective. Returns the path of what was published."""
@@ -622,6 +624,7 @@ class ModelCheckpoint(CallbackShape):
 
 _BY_ANOTHER = Cause("asked for by another rank")
 _ASKED_FOR = Cause("asked for")
+_NOT_BY_ROOT = Decision(False, "not due", "it would be by this rank's clock, but root's decides")
 
 
 def _check_config(config: CheckpointConfig | None) -> None:

@@ -80,7 +80,7 @@ class CheckpointConfig:
     async_save : bool, "thread" or "process"
         Go on while writing. True is "thread".
     saved_network : mapping, callable or object with ``state_dict()``, optional
-        Saved in place of the state handed to `step_end`; read anew at each save.
+        Saved where no state is handed to `step_end`, and in place of a training loop's network; read anew at each save.
     append_info : list, optional
         ``"epoch_num"``, ``"step_num"`` and at most one dict of values to store beside the state.
     enc_key : bytes, optional

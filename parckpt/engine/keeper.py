@@ -28,7 +28,7 @@ from parckpt.storage.filesystem import FileSystem, opened, try_stat
 from parckpt.storage.identity import Identity
 from parckpt.storage.lock import Lock
 
-__all__ = ["Heartbeat", "Keeper", "candidate_of", "make_directory"]
+__all__ = ["Heartbeat", "Keeper", "candidate_of", "ephemeral_before", "make_directory"]
 
 log = logging.getLogger("parckpt")
 
@@ -218,6 +218,12 @@ class Keeper:
         except StorageError as error:
             log.warning("old checkpoints could not be deleted: %s", error)
 
+    def drop_ephemeral(self, published: Facts) -> None:
+        """Delete what was to live only until this publish, which was made in another directory."""
+        for one in ephemeral_before(self.fs, self.directory, published):
+            log.info("deleting %s: ephemeral, and a newer one is published", one.path)
+            self._delete(one)
+
     def _delete(self, found: Found) -> None:
         """Take away, durably, and remove in the background."""
         trash = take_away(self.fs, found)
@@ -251,6 +257,19 @@ class Keeper:
             self._heartbeat.stop()
             self._heartbeat = None
         self.lock.release()
+
+
+def ephemeral_before(fs: FileSystem, directory: str, published: Facts) -> list[Found]:
+    """Ephemeral checkpoints of a run in a directory that are older than one of its own; those set aside stay."""
+    return [
+        one
+        for one in scan(fs, directory, published.family)
+        if one.facts is not None
+        and one.facts.ephemeral
+        and (one.facts.run_id, one.facts.stem) == (published.run_id, one.stem)
+        and one.facts.sequence < published.sequence
+        and one.set_aside is None
+    ]
 
 
 def candidate_of(fs: FileSystem, directory: str, found: Found) -> Candidate:

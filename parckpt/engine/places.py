@@ -6,9 +6,10 @@ import logging
 import os
 from collections.abc import Callable
 
+from parckpt.core.manifest import Facts
 from parckpt.engine.catalog import scan
-from parckpt.engine.keeper import Keeper
-from parckpt.errors import LockedError
+from parckpt.engine.keeper import Keeper, ephemeral_before
+from parckpt.errors import LockedError, StorageError
 from parckpt.storage.filesystem import FileSystem, try_stat
 
 __all__ = ["Places"]
@@ -37,6 +38,7 @@ class Places:
 
     def __init__(self, fs: FileSystem, take: Callable[[str], Keeper], home: str) -> None:
         self._fs, self._take = fs, take
+        self._moved = True  # since the last publish, or nobody knows where that was
         self.home = self.present = take(home)
         try:
             self._recover_last()
@@ -69,6 +71,7 @@ class Places:
         if directory == self.present.directory:
             return
         before = self.present
+        self._moved = True
         if directory == self.home.directory:
             self.present = self.home
         else:
@@ -77,6 +80,31 @@ class Places:
             self.present = self._take(directory)
         if before is not self.home:
             before.close()
+
+    def leave_behind(self, published: Facts) -> None:
+        """After a publish: what was to live until then may be in the directory before. Errors are only logged.
+
+        The number that each directory keeps is its own, as in MindSpore.
+        """
+        if not self._moved:
+            return
+        self._moved = False
+        home, *others = self.directories()
+        # The last but one, if the present one is the last; home is never noted as used.
+        for path in {home, *others[-2:]} - {self.present.directory}:
+            try:
+                if ephemeral_before(self._fs, path, published):
+                    self._drop_ephemeral(path, published)
+            except (LockedError, StorageError) as error:
+                log.warning("ephemeral checkpoints in %s could not be deleted: %s", path, error)
+
+    def _drop_ephemeral(self, path: str, published: Facts) -> None:
+        keeper = self.home if path == self.home.directory else self._take(path)
+        try:
+            keeper.drop_ephemeral(published)
+        finally:
+            if keeper is not self.home:
+                keeper.close()
 
     def highest_sequence(self) -> int:
         """Of everything published in this family, in any of the directories; 0 if nothing is."""

@@ -347,6 +347,7 @@ class Run:
         except StorageError as error:
             log.warning("the run file could not be written: %s", error)
         self.keeper.retain(facts.run_id, facts.prefix)
+        self.places.leave_behind(facts)
         # Last: where warnings are errors, it ends this.
         if saved.unchanged and before is not None and facts.step > before and self.planned and self.planned.tensors:
             self._warn_unchanged(before, facts.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -272,6 +273,27 @@ def test_directories_by_epoch(integrated: bool, prefix: Any) -> None:
     assert paths[0].startswith(f"{HOME}/epoch_3/")
     infos = [i for n in (1, 2, 3) for i in parckpt.list_checkpoints(f"{HOME}/epoch_{n}", filesystem=disk)]
     assert len({info.sequence for info in infos}) == len(infos)
+    assert [name for n in (1, 2, 3) for name in disk.listdir(f"{HOME}/epoch_{n}") if "lock" in name] == []
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@LAYOUTS
+def test_ephemeral_ones_live_until_the_next_publish_wherever_that_is(integrated: bool, restart: bool) -> None:
+    disk = MemoryFileSystem()
+    fails = {5, 9} if restart else set()  # after an ephemeral one, each at the end of an epoch
+
+    def name(parameters: Any) -> str:
+        if parameters.cur_step_num in fails:
+            fails.remove(parameters.cur_step_num)
+            raise ValueError("no name")
+        return by_step(parameters)
+
+    options: dict[str, Any] = {"directory": epoch, "integrated_save": integrated, "save_checkpoint_steps": 6}
+    for start in (1, 5, 9) if restart else (1,):
+        with pytest.raises(ValueError, match="no name") if start + 4 in fails else nullcontext():
+            run(disk, name, range(start, 11), restore=True, ephemeral_steps=1, **options)
+    steps = {n: [i.step for i in parckpt.list_checkpoints(f"{HOME}/epoch_{n}", filesystem=disk)] for n in (1, 2, 3)}
+    assert steps == {1: [], 2: [6], 3: [10]}
     assert [name for n in (1, 2, 3) for name in disk.listdir(f"{HOME}/epoch_{n}") if "lock" in name] == []
 
 
