@@ -100,6 +100,13 @@ def _checkpoint_row(one: Explained, now: float) -> dict[str, Any]:
     }
 
 
+def _when(row: dict[str, Any]) -> str:
+    """Nothing of a checkpoint whose manifest is damaged."""
+    if row["step"] is None:
+        return ""
+    return f"  step {row['step']}, {moment(row['created'])}, {age(row['age_s'])} ago, {size(row['nbytes'])}"
+
+
 def _print(told: Explanation, now: float) -> None:
     line(f"prefix {told.family!r}: {count(len(told.checkpoints), 'checkpoint')}", "bold")
     line(f"  restore    {told.restore}")
@@ -109,9 +116,8 @@ def _print(told: Explanation, now: float) -> None:
         line(f"  policy     unknown: {told.policies.problem}")
     for one in told.checkpoints:
         row = _checkpoint_row(one, now)
-        when = f"step {row['step']}, {moment(row['created'])}, {age(row['age_s'])} ago, {size(row['nbytes'])}"
         line("")
-        line(f"{row['name']}{'' if one.found.facts is None else f'  {when}'}")
+        line(f"{row['name']}{_when(row)}")
         if row["metrics"]:
             line(f"  metrics    {', '.join(f'{name}={value}' for name, value in row['metrics'].items())}")
         line(f"  made       {one.made}")

@@ -221,7 +221,14 @@ class PosixFileSystem:
 
     def open(self, path: str, flags: int, mode: int = 0o600) -> int:
         with _translated("open", path):
-            fd = os.open(path, flags, mode)
+            try:
+                fd = os.open(path, flags | os.O_NONBLOCK, mode)  # not to wait for somebody who writes into a pipe
+            except BlockingIOError:  # a lease on the file is called back (NFS servers): that takes a moment
+                fd = os.open(path, flags, mode)
+            kind = os.fstat(fd).st_mode
+            if not (stat_bits.S_ISREG(kind) or stat_bits.S_ISDIR(kind)):
+                os.close(fd)
+                raise StorageError(f"open {path!r}: neither a file nor a directory", errno=errno.EINVAL, path=path)
         self._paths[fd] = path
         return fd
 

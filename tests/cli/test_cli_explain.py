@@ -117,6 +117,17 @@ def test_damage_and_what_was_set_aside_is_passed_over(call: Any, tmp_path: Path)
     )
 
 
+def test_a_checkpoint_whose_manifest_is_damaged(call: Any, tmp_path: Path) -> None:
+    train(tmp_path, 1, 54)
+    (manifest,) = tmp_path.glob("net-1_54.*.manifest")
+    manifest.write_bytes(manifest.read_bytes()[:100])
+    told = call("explain", tmp_path)
+    assert (told.status, told.err) == (0, "")
+    assert "\nnet-1_54.ckpt\n" in told.out
+    rows = {row["name"]: row for row in call("explain", tmp_path, "--json").json["prefixes"][0]["checkpoints"]}
+    assert (rows["net-1_54.ckpt"]["step"], rows["net-1_54.ckpt"]["age_s"]) == (None, None)
+
+
 def test_other_runs_functions_and_manifests_of_before(call: Any, tmp_path: Path) -> None:
     train(tmp_path, 1, 10, ephemeral_steps=None)
     config = parckpt.CheckpointConfig(save_checkpoint_steps=0, save_checkpoint_seconds=600, keep_checkpoint_max=1)

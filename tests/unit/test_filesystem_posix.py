@@ -131,3 +131,12 @@ def test_unwritable_directories_are_a_permission_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError) as caught:
         fs.mkdir("/proc/no-such-place")
     assert caught.value.errno in (errno.ENOENT, errno.EACCES, errno.EPERM)
+
+
+def test_what_is_neither_a_file_nor_a_directory_is_not_waited_for(tmp_path: Path) -> None:
+    path = str(tmp_path / "pipe.ckpt")
+    os.mkfifo(path)
+    for place in (path, os.devnull):
+        with pytest.raises(StorageError, match=f"open '{place}': neither a file nor a directory") as caught:
+            PosixFileSystem().open(place, os.O_RDONLY)
+        assert caught.value.errno == errno.EINVAL
