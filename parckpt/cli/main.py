@@ -10,15 +10,19 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import parckpt
+from parckpt.cli.convert import convert
+from parckpt.cli.copy import copy
 from parckpt.cli.diff import diff
 from parckpt.cli.environment import drop_launcher_variables
 from parckpt.cli.explain import explain
 from parckpt.cli.failure import USAGE, exit_help, report
 from parckpt.cli.ls import ls
+from parckpt.cli.merge import merge
 from parckpt.cli.pin import pin
 from parckpt.cli.plan import plan
 from parckpt.cli.prune import prune
 from parckpt.cli.show import show
+from parckpt.cli.split import split
 from parckpt.cli.status import status
 from parckpt.cli.unlock import unlock
 from parckpt.cli.verify import verify
@@ -99,5 +103,9 @@ main.command("verify", cls=_Command)(verify)
 main.command("diff", cls=_Command)(diff)
 main.command("pin", cls=_Command)(pin)
 main.command("prune", cls=_Command)(prune)
+main.command("convert", cls=_Command)(convert)
+main.command("merge", cls=_Command)(merge)
+main.command("split", cls=_Command)(split)
+main.command("copy", cls=_Command)(copy)
 main.command("plan", cls=_Command)(plan)
 main.command("unlock", cls=_Command)(unlock)

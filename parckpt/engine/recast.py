@@ -212,7 +212,8 @@ def _is_beside(source: Source, new: Facts, directory: str) -> bool:
     """Whether it comes to lie where a run may take it for one of its own, and delete it when its time has come."""
     old = source.facts
     same = (old.run_id, old.prefix, old.family) == (new.run_id, new.prefix, new.family)
-    return same and os.path.realpath(os.path.dirname(source.path)) == os.path.realpath(directory)
+    has_retention = bool(old.policy)
+    return same and has_retention and os.path.realpath(os.path.dirname(source.path)) == os.path.realpath(directory)
 
 
 def _pack(records: Sequence[Record]) -> bytes:
