@@ -51,7 +51,7 @@ def split(
         typer.Option(
             "--layout",
             metavar="FILE",
-            help="JSON file: mesh_shape, mesh_axes, and under tensors a tensor map for each name or pattern.",
+            help="JSON file: mesh_shape, mesh_axes, and under tensors a tensor_map for each name or pattern.",
             show_default=False,
         ),
     ] = None,

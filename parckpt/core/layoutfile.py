@@ -6,13 +6,14 @@
       "mesh_shape": [2, 4],
       "mesh_axes": ["data", "model"],
       "tensors": {
-        "*.attention.*.weight": [null, "model"],
-        "embed.weight": {"tensor_map": ["model"], "mesh_shape": [8], "mesh_axes": ["model"]}
+        "embed.weight": {"tensor_map": ["model"]},
+        "*.attention.*.weight": {"tensor_map": [null, "model"]},
+        "head.weight": {"tensor_map": ["model"], "mesh_shape": [8], "mesh_axes": ["model"]}
       }
     }
 
-Keys of ``tensors`` are names or shell patterns; the first that fits counts. A value is a tensor map, or an object with
-any of the arguments of `Layout`; what it lacks is taken from the top.
+The description of a state that ``parckpt plan`` takes is one, too: shapes and types are those of the checkpoint, so
+what is said of them does not count here. Keys of ``tensors`` may be shell patterns as well.
 """
 
 from __future__ import annotations
@@ -24,38 +25,31 @@ from fnmatch import fnmatchcase
 from typing import Any, NoReturn
 
 from parckpt.core.mesh import Layout
-from parckpt.errors import FormatError, ParckptError
+from parckpt.errors import ConfigError, ParckptError
 
 __all__ = ["LayoutFile", "parse_layout_file"]
 
-_KEYS = ("mesh_shape", "mesh_axes", "tensor_map", "shard_step", "shard_size", "first_rank")
+_MESH_KEYS = ("mesh_shape", "mesh_axes", "tensor_map", "shard_step", "shard_size", "first_rank")
+_STATE_KEYS = ("shape", "dtype", "repeat", "per_rank")
 
 
 @dataclass(frozen=True)
 class LayoutFile:
-    """The layouts of a file, by name or pattern, in its order.
+    """The layouts of a file, by name or pattern, in its order; None where a tensor is said to be whole."""
 
-    Attributes
-    ----------
-    nranks : int
-        Ranks of the largest mesh.
-    """
-
-    layouts: Mapping[str, Layout]
+    layouts: Mapping[str, Layout | None]
 
     @property
     def nranks(self) -> int:
         """Ranks that the layouts speak of, from 0."""
-        return max((layout.ranks.stop for layout in self.layouts.values()), default=1)
+        return max((layout.ranks.stop for layout in self.layouts.values() if layout is not None), default=1)
 
     def of(self, names: Iterable[str]) -> dict[str, tuple[Layout, ...]]:
-        """Layouts of these tensors; those that no key fits have none. Exact names go before patterns."""
+        """Layouts of these tensors; one that no key fits has none. A name goes before the first pattern that fits."""
         found: dict[str, tuple[Layout, ...]] = {}
         for name in names:
-            layout = self.layouts.get(name)
-            if layout is None:
-                fitting = (one for pattern, one in self.layouts.items() if fnmatchcase(name, pattern))
-                layout = next(fitting, None)
+            fitting = (key for key in self.layouts if fnmatchcase(name, key))
+            layout = self.layouts[name] if name in self.layouts else self.layouts.get(next(fitting, ""))
             if layout is not None:
                 found[name] = (layout,)
         return found
@@ -67,37 +61,55 @@ class LayoutFile:
 
 
 def parse_layout_file(data: bytes, path: str) -> LayoutFile:
-    """Parse; FormatError says where it is ill-formed."""
+    """Read a layout file.
+
+    Raises
+    ------
+    ConfigError
+        With the place that is wrong.
+    """
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON: {error}", path=path, byte_offset=0, field="file") from error
+        raise ConfigError(f"{path} is no JSON: {error}", path=path) from error
     if not isinstance(content, dict) or not isinstance(content.get("tensors"), dict):
-        _refuse(path, "tensors", "an object with an object 'tensors' was expected")
-    unknown = sorted(content.keys() - {*_KEYS, "tensors"})
-    if unknown:
-        _refuse(path, unknown[0], f"unknown key; known are tensors, {', '.join(_KEYS)}")
-    common = {key: content[key] for key in _KEYS if key in content}
-    return LayoutFile({key: _layout(key, value, common, path) for key, value in content["tensors"].items()})
+        _refuse(path, "tensors", "expected an object with an object 'tensors'")
+    _check_keys(content, ("mesh_shape", "mesh_axes", "ranks", "dtype", "tensors"), path, "the file")
+    common = {key: content[key] for key in ("mesh_shape", "mesh_axes") if key in content}
+    layouts: dict[str, Layout | None] = {}
+    for key, value in content["tensors"].items():
+        layout = _layout(value, common, path, f"tensors[{key!r}]")
+        repeat = value.get("repeat") if isinstance(value, dict) else None
+        numbers = range(repeat) if type(repeat) is int and 0 <= repeat <= 1 << 20 else range(0)
+        layouts.update({key.replace("{}", str(number)): layout for number in numbers} if numbers else {key: layout})
+    return LayoutFile(layouts)
 
 
-def _layout(key: str, value: Any, common: Mapping[str, Any], path: str) -> Layout:
-    own = {"tensor_map": value} if isinstance(value, list) else value
-    if not isinstance(own, dict):
-        _refuse(path, key, "a tensor map or an object was expected")
-    unknown = sorted(own.keys() - set(_KEYS))
-    if unknown:
-        _refuse(path, f"{key}: {unknown[0]}", f"unknown key; known are {', '.join(_KEYS)}")
+def _layout(value: Any, common: Mapping[str, Any], path: str, where: str) -> Layout | None:
+    if isinstance(value, list) and all(type(extent) is int and extent >= 0 for extent in value):
+        return None  # a shape alone: whole on every rank
+    if not isinstance(value, dict):
+        _refuse(path, where, 'expected an object, such as {"tensor_map": [null, "model"]}')
+    _check_keys(value, (*_MESH_KEYS, *_STATE_KEYS), path, where)
+    own = {key: value[key] for key in _MESH_KEYS if key in value}
+    if not own:
+        return None
     arguments = {**common, **own}
     if "mesh_shape" in own and "mesh_axes" not in own:
         arguments.pop("mesh_axes", None)  # those of another mesh
     if "mesh_shape" not in arguments:
-        _refuse(path, key, "there is no mesh_shape, neither here nor at the top")
+        _refuse(path, where, "is cut, but there is no mesh_shape")
     try:
         return Layout(**arguments)
-    except (ParckptError, TypeError) as error:
-        raise FormatError(f"{path}: {key}: {error}", path=path, byte_offset=0, field=key) from error
+    except ParckptError as error:
+        raise ConfigError(f"{path}: {where}: {error.message}", path=path) from error
 
 
-def _refuse(path: str, field: str, problem: str) -> NoReturn:
-    raise FormatError(f"{path}: {field}: {problem}", path=path, byte_offset=0, field=field)
+def _check_keys(given: Mapping[str, Any], known: tuple[str, ...], path: str, where: str) -> None:
+    unknown = sorted(given.keys() - set(known))
+    if unknown:
+        _refuse(path, where, f"unknown member {unknown[0]!r}; known are {', '.join(known)}")
+
+
+def _refuse(path: str, where: str, problem: str) -> NoReturn:
+    raise ConfigError(f"{path}: {where}: {problem}", path=path)
