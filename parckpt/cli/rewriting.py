@@ -223,7 +223,8 @@ def tell(fs: FileSystem, made: Original, old: str, *, verified: bool, seconds: f
         emit(content)
         return
     what = "" if tensors is None else f"{count(tensors, 'tensor')}, "
-    rate = f"; {seconds:.0f} s, {size(int(made.nbytes / seconds))}/s" if seconds >= 1 else ""
+    is_long = made.nbytes >= 10**9 and seconds > 0  # of less, the rate is that of starting and syncing
+    rate = f"; {seconds:.0f} s, {size(int(made.nbytes / seconds))}/s" if is_long else ""
     line(f"{made.path}: {what}{size(made.nbytes)} in {count(files, f'{form} file')}{rate}")
     if not verified:
         line(f"note: {old} has no checksums: damage in it would not have been noticed", "yellow")

@@ -95,10 +95,10 @@ def split(
     del debug
     if layout is not None and strategy is not None:
         raise ConfigError("--layout and --strategy both say how to cut: leave one of them out")
-    if layout is None and strategy is None and ranks is None:
-        raise ConfigError("say how to cut: --ranks N, --layout FILE or --strategy FILE")
     fs = PosixFileSystem()
     source = open_checked(fs, src, source_strategy)
+    if layout is None and strategy is None and ranks is None:
+        raise ConfigError("say how to cut: --ranks N, --layout FILE or --strategy FILE")
     named = destination(source, dst, form, integrated=False)
     if layout is not None:
         cut = _by_file(fs, source.contents, layout, ranks, remove_redundancy)

@@ -21,8 +21,9 @@ from parckpt.comm.launch import LAUNCHER_VARIABLES, launched_size
 from parckpt.errors import classes_by_code
 from parckpt.storage.filesystem import storage_error
 
-COMMANDS = ("ls", "show", "status", "explain", "verify", "diff", "pin", "prune", "plan", "unlock")
-OPERANDS = {"diff": 2}
+COMMANDS = ("ls", "show", "status", "explain", "verify", "diff", "convert", "merge", "split", "copy")
+COMMANDS += ("pin", "prune", "plan", "unlock")
+OPERANDS = {"diff": 2, "convert": 2, "merge": 2, "split": 2, "copy": 2}
 INSIDE_A_RANK = {
     **{"PMI_SIZE": "2", "PMI_RANK": "1", "PMI_FD": "99", "PMIX_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
     **{"OMPI_COMM_WORLD_RANK": "1", "SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "2", "RANK_SIZE": "2"},

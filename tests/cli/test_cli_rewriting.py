@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,3 +195,21 @@ def test_where_dst_is(published: Path, tmp_path: Path) -> None:
         assert (Path(named.directory), named.stem, named.form.name) == expected, dst
     with pytest.raises(ConfigError, match="no checkpoint can"):
         destination(source, f"{tmp_path}/rank_0", None, integrated=False)
+
+
+def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
+    nbytes = 640 << 20  # more than three times what may be used
+    header = {"big": {"dtype": "F32", "shape": [10, nbytes // 40], "data_offsets": [0, nbytes]}}
+    text = json.dumps(header).encode()
+    with (tmp_path / "big.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + nbytes)  # without blocks on disk
+    command = [sys.executable, str(Path(__file__).parent / "programs" / "converting.py")]
+    command += ["convert", str(tmp_path / "big.safetensors"), str(tmp_path / "big.ckpt")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        made = (tmp_path / "big.ckpt").stat().st_size
+    finally:
+        (tmp_path / "big.ckpt").unlink(missing_ok=True)
+    assert made > nbytes
+    assert int(done.stdout.rpartition("grew ")[2]) < 200 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,23 +12,38 @@ import parckpt
 from parckpt.comm.memory import Exchange, MemoryCommunicator
 from parckpt.comm.wait import Waiter
 from parckpt.core import recut
+from parckpt.core.dtypes import by_name
+from parckpt.core.layout import Box
+from parckpt.core.manifest import Facts, Manifest
 from parckpt.core.mesh import Layout
+from parckpt.core.tensors import TensorRow
+from parckpt.engine.bands import BoxStream
 from parckpt.engine.catalog import find_at, scan
 from parckpt.engine.copying import copy_checkpoint, open_original
 from parckpt.engine.group import Group
 from parckpt.engine.recast import Target, read_nbytes, rewrite
-from parckpt.engine.source import open_source
+from parckpt.engine.source import Source, open_source
 from parckpt.engine.staging import Modes
 from parckpt.engine.verify import verify_checkpoint
 from parckpt.errors import CheckpointExistsError, ChecksumError, ConfigError, NoSpaceError
 from parckpt.formats.registry import FORMATS
 from parckpt.storage.atomic import read_file
+from parckpt.testing.checkpoints import store
 from parckpt.testing.filesystem import MemoryFileSystem
 from parckpt.testing.saves import DIRECTORY, MODES, PREFIX, check, config, make_state, new_disk, saved
 from parckpt.testing.world import run_world
 
 NEW = "/elsewhere"
 VERSION = 7
+
+
+class CountingFileSystem(MemoryFileSystem):
+    nbytes_read = 0
+
+    def pread_into(self, fd: int, buffer: bytearray | memoryview, byte_offset: int) -> int:
+        count = super().pread_into(fd, buffer, byte_offset)
+        self.nbytes_read += count
+        return count
 
 
 def alone() -> Group:
@@ -214,3 +230,40 @@ def test_even_cuts() -> None:
     with pytest.raises(ConfigError, match="ranks 0 to 3"):
         recut.by_layout(source.contents, {"w": (Layout((4,), None, (0,)),)}, 2, once=True)
     assert np.prod(source.contents.tensors[0].global_shape) > 0
+
+
+@pytest.mark.parametrize("act", ["rewrite", "copy"])
+def test_an_interrupt_leaves_nothing(act: str) -> None:
+    disk = saved(new_disk(), "per-rank", 2, [(3, VERSION)])
+    path = original(disk, "per-rank")
+
+    def interrupt(nbytes: int) -> None:
+        raise KeyboardInterrupt
+
+    target = Target(NEW, "x", FORMATS["ckpt"])
+    acts = {
+        "rewrite": lambda: rewrite(alone(), open_source(disk, path), target, on_bytes=interrupt),
+        "copy": lambda: copy_checkpoint(alone(), open_original(disk, path), NEW, modes=Modes(), on_bytes=interrupt),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        acts[act]()
+    assert disk.listdir(NEW) == []
+    assert {thread.name for thread in threading.enumerate()}.isdisjoint({"parckpt-write", "parckpt-heartbeat"})
+
+
+def test_columns_are_put_together_without_reading_anything_more_than_twice() -> None:
+    disk = CountingFileSystem()
+    rows, columns, nfiles = 512, 64, 8
+    whole = np.arange(rows * columns, dtype="f4").reshape(rows, columns)
+    width = columns // nfiles
+    boxes = [Box((0, k * width), (rows, width)) for k in range(nfiles)]
+    row = TensorRow("w", by_name("float32"), whole.shape)
+    contents = store(disk, "/src", [(row, whole)], [[(0, box)] for box in boxes], chunk_nbytes=4096)
+    facts = Facts("x", "", "", "", "x", "x", 0, 0, 0, 0, 1, "ckpt", False, 0.0)
+    disk.nbytes_read = 0
+    source = Source(disk, "/src", "/src", Manifest(facts, contents), None)
+    stream = BoxStream(source, [(0, Box((0, 0), whole.shape))], band_nbytes=4096)
+    assert b"".join(bytes(block) for block in stream.take(whole.nbytes)) == whole.tobytes()
+    stream.close()
+    # Each of 32 bands needs a little of every file's chunks: all of a chunk once, and then that little.
+    assert disk.nbytes_read <= 2 * sum(file.nbytes for file in contents.files)
