@@ -71,7 +71,7 @@ class ModelCheckpoint(CallbackShape):
         ``prefix``, and once at the start, at step 0: `restore` looks into what it returns then, and into all that the
         run went on to from there. The numbers of what is kept hold in each directory by itself.
     config : CheckpointConfig, optional
-        Default: ``CheckpointConfig()``.
+        Default: ``CheckpointConfig()``. What is assigned to its attributes later does not count here.
     comm : mpi4py communicator, parckpt.SELF or Communicator, optional
         Default: ``COMM_WORLD`` when started by a launcher, else this process alone. Duplicated; the caller's is free.
     steps_per_epoch : int, optional
@@ -106,7 +106,8 @@ class ModelCheckpoint(CallbackShape):
         filesystem: FileSystem | None = None,
     ) -> None:
         self._closed = True  # until all is set up: leaving must not trip over a half-made object
-        self.config = config if isinstance(config, CheckpointConfig) else CheckpointConfig()
+        # As it is now, for good: the ranks compare it once, and plan by it.
+        self.config = config.snapshot() if isinstance(config, CheckpointConfig) else CheckpointConfig()
         self._clock: Clock = clock if clock is not None else SystemClock()
         self._group = Group(resolve(comm, os.environ), Waiter(self.config.agree_timeout_s))
         self._step = 0

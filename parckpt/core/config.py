@@ -261,6 +261,13 @@ class CheckpointConfig:
         """The four numbers and the network, as a new dict."""
         return {name: self._options[name] for name in (*_NUMBERS, "saved_network")}
 
+    def snapshot(self) -> CheckpointConfig:
+        """A copy that does not follow when attributes of this one are assigned. It shares what the options refer to."""
+        # By hand: the copy module goes through __reduce_ex__, which refuses keys.
+        new = CheckpointConfig.__new__(type(self))
+        new.__dict__.update(self.__dict__, _options=dict(self._options))
+        return new
+
     def describe(self) -> dict[str, Any]:
         """All options as plain values that ranks can compare and logs can show.
 

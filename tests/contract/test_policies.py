@@ -311,3 +311,23 @@ def test_ill_formed_facts_are_damage(fact: dict[str, Any]) -> None:
     data = encode(Table("manifest", {**manifest.facts.to_json(), **fact}, manifest.contents.columns()))
     replace_file(fs, found.manifest_path, data)
     assert isinstance(scan(fs, PLACE)[0].error, parckpt.FormatError)
+
+
+@pytest.mark.parametrize("spares", [False, True])
+def test_what_is_assigned_to_the_config_later_does_not_count(spares: bool) -> None:
+    fs = MemoryFileSystem()
+
+    def rank_main(comm: Communicator, rank: int) -> bool:
+        config = parckpt.CheckpointConfig(remove_redundancy=spares)
+        weights = np.zeros(8)
+        with parckpt.ModelCheckpoint("m", PLACE, config, comm=comm, filesystem=fs) as ckpt:
+            ckpt.step_end({"w": weights}, 1)
+            if rank == 1:
+                config.remove_redundancy = not spares
+            weights[:] = 2
+            ckpt.step_end({"w": weights}, 2)
+            return ckpt.config.remove_redundancy
+
+    assert run_world(2, rank_main) == [spares, spares]
+    assert left(fs) == [1, 2]
+    assert {one.facts.integrated for one in scan(fs, PLACE) if one.facts} == {not spares}
