@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from parckpt.cli.failure import guarded
@@ -11,8 +12,10 @@ from parckpt.cli.output import age, count, emit, line, moment, size
 from parckpt.comm.wait import SystemClock
 from parckpt.engine.catalog import Found, scan
 from parckpt.engine.explaining import Explained, Explanation, explain_family
+from parckpt.engine.keeper import noted_in
+from parckpt.engine.places import directories_of
 from parckpt.engine.survey import owns, run_files
-from parckpt.storage.filesystem import PosixFileSystem
+from parckpt.storage.filesystem import FileSystem, PosixFileSystem
 
 __all__ = ["explain"]
 
@@ -38,9 +41,12 @@ def explain(
     now = SystemClock().wall()
     runs = run_files(fs, path)
     families = _families(scan(fs, path, prefix), [name for name in runs if prefix in (None, name)])
-    told = [explain_family(fs, path, name, found, now, runs.get(name)) for name, found in families.items()]
+    told = [
+        explain_family(fs, path, name, found, now, runs.get(name), _elsewhere(fs, path, name, runs.get(name)))
+        for name, found in families.items()
+    ]
     if as_json:
-        emit({"directory": path, "prefixes": [_row(one, now) for one in told]})
+        emit({"directory": path, "prefixes": [_row(one, path, now) for one in told]})
         return
     if not told:
         line(f"no checkpoints{f' of prefix {prefix!r}' if prefix is not None else ''} in {path}")
@@ -48,6 +54,12 @@ def explain(
         if number:
             line("")
         _print(one, now)
+
+
+def _elsewhere(fs: FileSystem, path: str, family: str, run_file: Mapping[str, Any] | None) -> list[Found]:
+    """What the run has in other directories, where a callable made it go on."""
+    others = directories_of(fs, path, noted_in(run_file))[1:]
+    return [one for other in others for one in scan(fs, other, family, any_name=True)]
 
 
 def _families(published: list[Found], known: list[str]) -> dict[str, list[Found]]:
@@ -63,12 +75,12 @@ def _families(published: list[Found], known: list[str]) -> dict[str, list[Found]
     return found
 
 
-def _row(told: Explanation, now: float) -> dict[str, Any]:
+def _row(told: Explanation, path: str, now: float) -> dict[str, Any]:
     policies = told.policies
     return {
         "prefix": told.family,
         "restore": told.restore,
-        "restored": os.path.basename(told.restored.path) if told.restored is not None else None,
+        "restored": os.path.relpath(told.restored.path, path) if told.restored is not None else None,
         "next_save": list(told.due),
         "policy": {
             "save": policies.save.to_json() if policies.save is not None else None,

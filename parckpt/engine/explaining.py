@@ -14,7 +14,7 @@ from typing import Any
 from parckpt.core.manifest import Facts
 from parckpt.core.policy import Due, History, SavePolicy
 from parckpt.core.retention import Candidate, RetentionPolicy, Verdict
-from parckpt.engine.catalog import Found
+from parckpt.engine.catalog import Found, newest_first
 from parckpt.engine.choosing import Request
 from parckpt.engine.keeper import candidate_of
 from parckpt.engine.survey import quick_problem
@@ -106,6 +106,7 @@ def explain_family(
     published: Sequence[Found],
     now_s: float,
     run_file: Mapping[str, Any] | None = None,
+    elsewhere: Sequence[Found] = (),
 ) -> Explanation:
     """Explain one family of a directory. Not collective.
 
@@ -117,6 +118,8 @@ def explain_family(
         Wall clock, seconds.
     run_file : mapping, optional
         What the family's run file says.
+    elsewhere : sequence of Found, optional
+        Those of the family in the directories that the run went on to: a restore looks there, too.
 
     Raises
     ------
@@ -125,24 +128,31 @@ def explain_family(
     """
     newest = next((found.facts for found in published if found.facts is not None), None)
     policies = read_policies(newest) if newest is not None else Policies(problem="there is no manifest to tell")
-    objections = {found.path: _objection(fs, found) for found in published}
-    restored = next((found for found in published if objections[found.path] is None), None)
-    too_new = next((found for found in published if isinstance(found.error, UnsupportedVersionError)), None)
+    everything = newest_first([*published, *elsewhere])
+    objections = {found.path: _objection(fs, found) for found in everything}
+    restored = next((found for found in everything if objections[found.path] is None), None)
+    too_new = next((found for found in everything if isinstance(found.error, UnsupportedVersionError)), None)
     if too_new is not None:
         restored = None  # a restore raises: nobody can tell whether that one is the newest
     own = [found for found in published if newest is not None and _is_of_run(found, newest)]
-    verdicts = _verdicts(fs, directory, own, policies, now_s)
+    latest = next((found.facts for found in everything if found.facts is not None), None)
+    has_moved = latest != newest  # then the next publish is not here
+    verdicts = _verdicts(fs, directory, own, policies, now_s, has_moved=has_moved)
     checkpoints = tuple(
         Explained(
             found,
             _made(found.facts),
             *_fate(found, newest, verdicts.get(found.path), policies),
-            _restore(found, restored, objections[found.path]),
+            _restore(found, restored, objections[found.path], directory),
         )
         for found in published
     )
-    due = _due(newest, own, policies.save) if newest is not None and policies.save is not None else ()
-    return Explanation(family, checkpoints, restored, _outcome(published, restored, too_new, run_file), policies, due)
+    if has_moved and latest is not None:
+        own, policies = [found for found in everything if _is_of_run(found, latest)], read_policies(latest)
+    due = _due(latest, own, policies.save) if latest is not None and policies.save is not None else ()
+    return Explanation(
+        family, checkpoints, restored, _outcome(everything, restored, too_new, run_file, directory), policies, due
+    )
 
 
 def _is_of_run(found: Found, newest: Facts) -> bool:
@@ -171,23 +181,29 @@ def _objection(fs: FileSystem, found: Found) -> str | None:
     return Request().objection(found.facts) or quick_problem(fs, found)
 
 
-def _restore(found: Found, restored: Found | None, objection: str | None) -> str:
+def _restore(found: Found, restored: Found | None, objection: str | None, directory: str) -> str:
     if objection is not None:
         return f"passed over: {objection}"
     if found is restored:
         return "a restore takes this one: the newest that is whole"
     if restored is None:
         return "not reached: a restore fails before it"
-    return f"older than {os.path.basename(restored.path)}"
+    return f"older than {os.path.relpath(restored.path, directory)}"
 
 
 def _outcome(
-    published: Sequence[Found], restored: Found | None, too_new: Found | None, run_file: Mapping[str, Any] | None
+    published: Sequence[Found],
+    restored: Found | None,
+    too_new: Found | None,
+    run_file: Mapping[str, Any] | None,
+    directory: str,
 ) -> str:
     if too_new is not None:
-        return f"fails: {os.path.basename(too_new.path)} was written by a newer parckpt, and may be the newest"
+        return (
+            f"fails: {os.path.relpath(too_new.path, directory)} was written by a newer parckpt, and may be the newest"
+        )
     if restored is not None and restored.facts is not None:
-        return f"takes {os.path.basename(restored.path)}, step {restored.facts.step}"
+        return f"takes {os.path.relpath(restored.path, directory)}, step {restored.facts.step}"
     if published:
         return f"fails: none of {len(published)} can be loaded"
     if run_file is not None and run_file.get("published"):
@@ -199,7 +215,7 @@ def _outcome(
 
 
 def _verdicts(
-    fs: FileSystem, directory: str, own: Sequence[Found], policies: Policies, now_s: float
+    fs: FileSystem, directory: str, own: Sequence[Found], policies: Policies, now_s: float, *, has_moved: bool
 ) -> dict[str, tuple[Verdict, Verdict]]:
     """By path: what the retention rules say as it is, and after a publish now."""
     if policies.keep is None or not own:
@@ -209,8 +225,8 @@ def _verdicts(
     created_s = max(now_s, newest.created_s)
     next_one = Candidate("", newest.sequence + 1, created_s, step=newest.step + 1)
     present = policies.keep.judge(candidates, now_s)
-    future = policies.keep.judge([*candidates, next_one], created_s)
-    return {one.candidate.name: (one, then) for one, then in zip(present, future[:-1], strict=True)}
+    future = present if has_moved else policies.keep.judge([*candidates, next_one], created_s)[:-1]
+    return {one.candidate.name: (one, then) for one, then in zip(present, future, strict=True)}
 
 
 def _fate(

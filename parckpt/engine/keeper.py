@@ -28,7 +28,7 @@ from parckpt.storage.filesystem import FileSystem, opened, try_stat
 from parckpt.storage.identity import Identity
 from parckpt.storage.lock import Lock
 
-__all__ = ["Heartbeat", "Keeper", "candidate_of", "ephemeral_before", "make_directory"]
+__all__ = ["Heartbeat", "Keeper", "candidate_of", "ephemeral_before", "make_directory", "noted_in"]
 
 log = logging.getLogger("parckpt")
 
@@ -153,10 +153,7 @@ class Keeper:
 
     def noted_directories(self) -> list[str]:
         """What `note_directory` was told, the last one last."""
-        noted = (self.run_file or {}).get("directories")
-        if not isinstance(noted, list):
-            return []
-        return [path for path in noted if isinstance(path, str) and "\0" not in path and not os.path.isabs(path)]
+        return noted_in(self.run_file)
 
     def _run_path(self) -> str:
         return os.path.join(self.directory, naming.run_name(self.family))
@@ -257,6 +254,14 @@ class Keeper:
             self._heartbeat.stop()
             self._heartbeat = None
         self.lock.release()
+
+
+def noted_in(run_file: Mapping[str, Any] | None) -> list[str]:
+    """The directories that a run file says the run went on to, relative to its own, the last one last."""
+    noted = (run_file or {}).get("directories")
+    if not isinstance(noted, list):
+        return []
+    return [path for path in noted if isinstance(path, str) and "\0" not in path and not os.path.isabs(path)]
 
 
 def ephemeral_before(fs: FileSystem, directory: str, published: Facts) -> list[Found]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from parckpt.core.manifest import Facts
 from parckpt.engine.catalog import scan
@@ -12,9 +12,16 @@ from parckpt.engine.keeper import Keeper, ephemeral_before
 from parckpt.errors import LockedError, StorageError
 from parckpt.storage.filesystem import FileSystem, try_stat
 
-__all__ = ["Places"]
+__all__ = ["Places", "directories_of"]
 
 log = logging.getLogger("parckpt")
+
+
+def directories_of(fs: FileSystem, home: str, noted: Sequence[str]) -> list[str]:
+    """The home of a run, then those of the noted directories (relative to home) that are still there."""
+    paths = [os.path.normpath(os.path.join(home, path)) for path in noted]
+    there = [path for path in paths if (stat := try_stat(fs, path)) is not None and stat.is_dir]
+    return [home, *(path for path in there if path != home)]
 
 
 class Places:
@@ -48,9 +55,7 @@ class Places:
 
     def directories(self) -> list[str]:
         """Home, then the others that are still there, the last used one last."""
-        noted = [os.path.normpath(os.path.join(self.home.directory, path)) for path in self.home.noted_directories()]
-        there = [path for path in noted if (stat := try_stat(self._fs, path)) is not None and stat.is_dir]
-        return [self.home.directory, *(path for path in there if path != self.home.directory)]
+        return directories_of(self._fs, self.home.directory, self.home.noted_directories())
 
     def _recover_last(self) -> None:
         """Finish what a crash left in the directory used last; in those before it nothing was under way."""

@@ -47,6 +47,10 @@ def _in_utc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     time.tzset()
 
 
+def by_epoch(parameters: Any) -> str:
+    return f"epoch_{parameters.cur_epoch_num}"
+
+
 def by_step(content: dict[str, Any]) -> dict[int, dict[str, Any]]:
     return {row["step"]: row for row in content["prefixes"][0]["checkpoints"]}
 
@@ -192,3 +196,19 @@ def test_the_output_in_the_docs(call: Any, tmp_path: Path, monkeypatch: pytest.M
     documented = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
     block = documented.partition("<!-- explain -->\n```\n")[2].partition("```")[0]
     assert f"$ parckpt explain ckpts\n{out}" == block
+
+
+def test_a_run_that_went_on_in_other_directories(call: Any, tmp_path: Path) -> None:
+    config = parckpt.CheckpointConfig(save_checkpoint_steps=2, keep_checkpoint_max=1)
+    given: dict[str, Any] = {"comm": parckpt.SELF, "steps_per_epoch": 4}
+    with parckpt.ModelCheckpoint("net", by_epoch, config, **given) as ckpt:
+        for step in range(1, 12):
+            ckpt.step_end({"w": np.full(3, float(step))}, step)
+        ckpt.close()
+    content = call("explain", tmp_path / "epoch_1", "--json").json
+    told = content["prefixes"][0]
+    assert told["restored"] == "../epoch_3/net-3_2.ckpt"
+    assert told["restore"] == "takes ../epoch_3/net-3_2.ckpt, step 10"
+    assert told["next_save"] == ["at step 12 (save_checkpoint_steps=2)"]
+    assert by_step(content)[4]["restore"] == "older than ../epoch_3/net-3_2.ckpt"
+    assert by_step(content)[4]["goes"] is None
