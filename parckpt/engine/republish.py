@@ -16,7 +16,7 @@ from parckpt.engine.catalog import Found, find_at
 from parckpt.engine.keeper import Heartbeat, make_directory
 from parckpt.engine.pins import pin_path
 from parckpt.engine.staging import Modes, Staging, discard
-from parckpt.errors import CheckpointExistsError, NoSpaceError, StorageError
+from parckpt.errors import CheckpointExistsError, ConfigError, NoSpaceError, StorageError
 from parckpt.storage.atomic import move_new, remove_tree, write_file
 from parckpt.storage.filesystem import FileSystem, try_stat
 from parckpt.storage.identity import identify
@@ -53,7 +53,7 @@ class Publisher:
 
     Raises
     ------
-    CheckpointExistsError, NoSpaceError, LockedError, StorageError
+    ConfigError, CheckpointExistsError, NoSpaceError, LockedError, StorageError
         On entering; nothing was written.
     """
 
@@ -83,6 +83,7 @@ class Publisher:
         return self.staging.final_file if self.facts.integrated else self.staging.final_directory
 
     def __enter__(self) -> Publisher:
+        self._check_place()
         make_directory(self.fs, self.directory, self.staging.modes.directory)
         self._check_name()
         identity = identify({}, secrets.token_hex(16))
@@ -159,6 +160,18 @@ class Publisher:
     def _drop(self, path: str) -> None:
         if try_stat(self.fs, path) is not None:
             self.fs.unlink(path)
+
+    def _check_place(self) -> None:
+        """Within a checkpoint it would be deleted with that, or taken for a file of it."""
+        reading, place = os.path.realpath(self._reading), os.path.realpath(self.directory)
+        while place != os.path.dirname(place):
+            above, name = os.path.split(place)
+            found = find_at(self.fs, place) if try_stat(self.fs, os.path.join(place, naming.MANIFEST)) else None
+            if found is not None and found.facts is not None:
+                raise ConfigError(f"{self.directory} lies within the checkpoint {place}: choose another place")
+            if above == reading and naming.parse_rank_directory(name) is not None:
+                raise ConfigError(f"{self.directory} lies among the files that are being read: choose another place")
+            place = above
 
     def _check_name(self) -> Found | None:
         """What it replaces, None if the name is free; an error if it must not be replaced."""

@@ -174,6 +174,25 @@ def test_what_is_refused(call: Any, published: Path, tmp_path: Path) -> None:
     assert visible(tmp_path) == ["ckpts"]
 
 
+def test_a_place_within_a_checkpoint_is_refused(call: Any, published: Path, golden: Path, tmp_path: Path) -> None:
+    step, foreign = published / "many-1_1", tmp_path / "ms"
+    assert call("split", published / f"{STEP}.ckpt", step, "--ranks", 2).status == 0
+    shutil.copytree(golden / "dist2" / "ckpt_full", foreign)
+    link = tmp_path / "link"
+    link.symlink_to(step)
+    before = {path for place in (published, foreign) for path in place.rglob("*")}
+    for words, said in (
+        (("convert", step, step / "x.ckpt"), "lies within the checkpoint"),
+        (("convert", published / f"{STEP}.ckpt", link / "new" / "x.ckpt"), "lies within the checkpoint"),
+        (("copy", published / f"{STEP}.ckpt", step / "rank_0"), "lies within the checkpoint"),
+        (("merge", foreign, foreign / "rank_1" / "x.ckpt"), "lies among the files that are being read"),
+    ):
+        done = call(*words)
+        assert (done.status, said in done.err) == (3, True), (words, done.err)
+        assert {path for place in (published, foreign) for path in place.rglob("*")} == before
+    assert call("merge", foreign, foreign / "x.ckpt").status == 0
+
+
 def test_where_dst_is(published: Path, tmp_path: Path) -> None:
     source = open_source(PosixFileSystem(), str(published / f"{STEP}.ckpt"))
     (tmp_path / "place").mkdir()
