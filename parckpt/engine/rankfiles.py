@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from parckpt.core import naming
 from parckpt.errors import CheckpointNotFoundError, ConfigError, FormatError
 from parckpt.formats.registry import FORMATS
 from parckpt.storage.filesystem import FileSystem
 
-__all__ = ["given_files", "rank_files"]
+__all__ = ["given_files", "latest_of_all", "rank_files"]
 
 
 def rank_files(fs: FileSystem, path: str, *, partial: bool = False) -> dict[int, str]:
-    """Find one file of each ``rank_<n>`` directory: those of the latest name that all of them have.
-
-    Names that differ in nothing but their own rank at the end count as one.
+    """Find one file of each ``rank_<n>`` directory: those of the latest name that all of them have (`latest_of_all`).
 
     Parameters
     ----------
@@ -47,9 +45,7 @@ def rank_files(fs: FileSystem, path: str, *, partial: bool = False) -> dict[int,
         missing = sorted(set(range(ranks[-1])) - set(ranks))
         raise FormatError(f"{path}: the directories of ranks {missing} are missing", path=path, field="rank")
     listed = {rank: _listed(fs, os.path.join(path, naming.rank_directory(rank))) for rank in ranks}
-    chosen = _common({rank: {name: name for name in names} for rank, names in listed.items()})
-    if chosen is None:
-        chosen = _common({rank: _without_rank(names, rank) for rank, names in listed.items()})
+    chosen = latest_of_all(listed)
     if chosen is None:
         raise FormatError(
             f"{path}: no file name is in all of its {len(ranks)} rank directories", path=path, field="rank"
@@ -80,19 +76,37 @@ def _listed(fs: FileSystem, directory: str) -> set[str]:
     return {name for name in fs.listdir(directory) if os.path.splitext(name)[1] in known and not name.startswith(".")}
 
 
-def _without_rank(names: set[str], rank: int) -> dict[str, str]:
-    """Names by what is left of them without the rank at the end: ``out12.ckpt`` of rank 12 by ``out.ckpt``."""
-    found: dict[str, str] = {}
-    for name in names:
-        stem, extension = os.path.splitext(name)
-        match = re.fullmatch(rf"(.*?)0*{rank}", stem, re.DOTALL)
-        if match:
-            found[match[1] + extension] = name
-    return found
+def latest_of_all(listed: Mapping[int, Iterable[str]]) -> dict[int, str] | None:
+    """The latest of the names that all ranks have, by rank; None if there is none.
+
+    Names that differ in nothing but their own rank, at the end or after the word rank, count as one. The last two
+    numbers say which is later: epoch and step.
+    """
+    for key in (_whole, _without_last, _without_marked):
+        chosen = _common({rank: {key(name, rank): name for name in names} for rank, names in listed.items()})
+        if chosen is not None:
+            return chosen
+    return None
+
+
+def _whole(name: str, rank: int) -> str:
+    return name
+
+
+def _without_last(name: str, rank: int) -> str:
+    """``out12.ckpt`` of rank 12 is ``out.ckpt``; one that does not end with the rank, or with a step, is its own."""
+    stem, extension = os.path.splitext(name)
+    match = re.fullmatch(rf"(.*?)0*{rank}", stem, re.DOTALL) if naming.parse_stem(stem) is None else None
+    return match[1] + extension if match else f"{rank}/{name}"
+
+
+def _without_marked(name: str, rank: int) -> str:
+    """``net_rank_12-1_100.ckpt`` of rank 12 is ``net_rank-1_100.ckpt``."""
+    return re.sub(rf"rank_?{rank}(?!\d)", "rank", name)
 
 
 def _common(listed: Mapping[int, Mapping[str, str]]) -> dict[int, str] | None:
-    """The latest of the names that all ranks have."""
+    """The latest of the keys that all ranks have."""
     common = set.intersection(*(set(names) for names in listed.values()))
     if not common:
         return None
@@ -100,6 +114,6 @@ def _common(listed: Mapping[int, Mapping[str, str]]) -> dict[int, str] | None:
     return {rank: names[latest] for rank, names in listed.items()}
 
 
-def _order(name: str) -> tuple[int, int, str]:
-    stem = naming.parse_stem(os.path.splitext(name)[0])
-    return (stem.epoch, stem.step_in_epoch, name) if stem else (0, 0, name)
+def _order(name: str) -> tuple[list[int], str]:
+    numbers = [int(number) for number in re.findall(r"\d+", os.path.splitext(name)[0])[-2:]]
+    return [0] * (2 - len(numbers)) + numbers, name

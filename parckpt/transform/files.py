@@ -1,8 +1,8 @@
 """Which file of each ``rank_<n>`` directory is meant, when a caller names the directory above them only.
 
 MindSpore guesses: the name that sorts last (ckpt), or that with the highest last two numbers (safetensors), in each
-directory on its own and without a word. Here the second rule holds for both, the choice is said, and files of
-different steps are never put together.
+directory on its own and without a word. Here it is the latest name that all ranks have (`engine.rankfiles`); where
+they have none in common, the second rule. The choice is said, and files of different steps are never put together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 from parckpt.core import naming
+from parckpt.engine.rankfiles import latest_of_all
 from parckpt.errors import ConfigError, StateWarning
 from parckpt.storage.filesystem import FileSystem, try_stat
 
@@ -56,6 +57,8 @@ def choose_files(fs: FileSystem, directory: str, *, suffix: str | None = None) -
     if len(kinds) > 1:
         raise ConfigError(f"{directory} holds both .ckpt and .safetensors files: which are meant?", path=directory)
     form = kinds.pop()
+    present = {rank: names for rank, names in listed.items() if names}
+    together = latest_of_all(present) if suffix is None else None
     files: dict[int, str] = {}
     for rank, names in listed.items():
         path = os.path.join(directory, naming.rank_directory(rank))
@@ -63,7 +66,8 @@ def choose_files(fs: FileSystem, directory: str, *, suffix: str | None = None) -
         if not found and suffix is not None:
             raise ConfigError(f"no .{form} file in {path} has a name that ends with {suffix!r}", path=path)
         if found:
-            files[rank] = os.path.join(path, _one(path, found, suffix, form))
+            name = together[rank] if together is not None else _one(path, found, suffix, form)
+            files[rank] = os.path.join(path, name)
     _check_together(files)
     _tell(files, {rank: names for rank, names in listed.items() if suffix is None and len(names) > 1})
     return files, form

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from parckpt.errors import ConfigError, StateWarning
+from parckpt.engine.rankfiles import rank_files
+from parckpt.errors import ConfigError, FormatError, StateWarning
 from parckpt.storage.atomic import write_file
 from parckpt.storage.filesystem import try_stat
 from parckpt.testing.filesystem import MemoryFileSystem
@@ -43,11 +44,39 @@ def test_the_highest_epoch_and_step_are_taken_and_that_is_said(form: str) -> Non
     assert files == {rank: f"/d/rank_{rank}/a-10_2.{form}" for rank in (0, 1)}
 
 
+def test_the_latest_name_that_all_ranks_have_is_taken() -> None:
+    """A job that died while it saved left step 4 of rank 0 only."""
+    fs = disk("/d/rank_0/a-1_2.ckpt", "/d/rank_0/a-1_4.ckpt", "/d/rank_1/a-1_2.ckpt")
+    with pytest.warns(StateWarning, match=r"rank_0/a-1_2.ckpt is taken for rank 0, not a-1_4.ckpt; for 1 ranks"):
+        files, _ = choose_files(fs, "/d")
+    assert files == {rank: f"/d/{name}" for rank, name in rank_files(fs, "/d").items()}
+    assert files == {rank: f"/d/rank_{rank}/a-1_2.ckpt" for rank in (0, 1)}
+
+
 @pytest.mark.filterwarnings("ignore::parckpt.StateWarning")
 def test_files_of_different_steps_are_not_put_together() -> None:
-    fs = disk("/d/rank_0/a-1_2.ckpt", "/d/rank_0/a-1_4.ckpt", "/d/rank_1/a-1_2.ckpt")
-    with pytest.raises(ConfigError, match=r"rank 0 is /d/rank_0/a-1_4.ckpt, that of rank 1 is /d/rank_1/a-1_2.ckpt"):
+    fs = disk("/d/rank_0/a-1_2.ckpt", "/d/rank_0/a-1_4.ckpt", "/d/rank_1/a-1_3.ckpt")
+    with pytest.raises(ConfigError, match=r"rank 0 is /d/rank_0/a-1_4.ckpt, that of rank 1 is /d/rank_1/a-1_3.ckpt"):
         choose_files(fs, "/d")
+
+
+def test_a_step_is_not_taken_for_a_rank() -> None:
+    fs = disk("/d/rank_0/a-1_10.ckpt", "/d/rank_1/a-1_11.ckpt")
+    with pytest.raises(FormatError, match="no file name is in all of its 2 rank directories"):
+        rank_files(fs, "/d")
+    with pytest.raises(ConfigError, match="epoch and step differ"):
+        choose_files(fs, "/d")
+
+
+@pytest.mark.filterwarnings("ignore::parckpt.StateWarning")
+@pytest.mark.parametrize("pattern", ["out_{step}", "net_rank_{rank}-1_{step}", "net_rank{rank}_1-1_{step}"])
+def test_the_latest_by_numbers_also_where_names_have_their_rank_in_them(pattern: str) -> None:
+    """By name step 9 comes after step 10."""
+    names = {(r, s): pattern.format(rank=r, step=s) for r in (0, 1, 12) for s in (9, 10)}
+    fs = disk(*(f"/d/rank_{rank}/{name}.ckpt" for (rank, _), name in names.items()))
+    expected = {rank: f"rank_{rank}/{names[rank, 10]}.ckpt" for rank in (0, 1, 12)}
+    assert rank_files(fs, "/d", partial=True) == expected
+    assert choose_files(fs, "/d")[0] == {rank: f"/d/{name}" for rank, name in expected.items()}
 
 
 def test_names_with_their_rank_in_them() -> None:
