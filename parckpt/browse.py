@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,10 @@ class CheckpointInfo:
     integrated, consistent : bool
     problem : str or None
         Why it cannot be loaded, as far as that is seen without reading data.
+    ephemeral : bool
+        It lives only until the next publish.
+    metrics : mapping
+        What `ModelCheckpoint.step_end` was told of its step.
     """
 
     path: str
@@ -63,6 +67,8 @@ class CheckpointInfo:
     integrated: bool = True
     consistent: bool = True
     problem: str | None = None
+    ephemeral: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def list_checkpoints(
@@ -125,6 +131,8 @@ def _info(found: Found) -> CheckpointInfo:
         integrated=facts.integrated,
         consistent=facts.consistent,
         problem=problem,
+        ephemeral=facts.ephemeral,
+        metrics=dict(facts.metrics),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -174,12 +174,18 @@ class CallbackShape:
         self.loop = now
         return now, now.step + self._loop_offset
 
-    def as_mindspore_callback(self) -> Any:
+    def as_mindspore_callback(self, *, metrics: Callable[[Any], Mapping[str, float]] | None = None) -> Any:
         """Make the ``mindspore.train.Callback`` that hands everything to this object.
 
         Not collective. ``model.train(epochs, data, callbacks=ckpt.as_mindspore_callback())`` then saves as
         MindSpore's own ``ModelCheckpoint`` would. MindSpore is imported here and nowhere else.
+
+        Parameters
+        ----------
+        metrics : callable, optional
+            Called at each step's end with what the run context tells (``net_outputs`` has the loss); returns numbers by
+            name, as `step_end` takes them.
         """
         from parckpt.adapters.mindspore import make_callback
 
-        return make_callback(self)
+        return make_callback(self, metrics)

@@ -295,7 +295,7 @@ class ModelCheckpoint(CallbackShape):
         state: State | RunContext | None = None,
         step: int | None = None,
         *,
-        metrics: Mapping[str, float] | None = None,
+        metrics: Mapping[str, float] | Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         """Tell that a step is done; save if that is due.
 
@@ -308,10 +308,10 @@ class ModelCheckpoint(CallbackShape):
             what was handed in last. A training loop's run context stands for the loop's step and the network that it
             trains (which the config's ``saved_network`` comes before).
         step : int, optional
-            Global step, from 1; may jump. Default: one more than the last.
-        metrics : mapping, optional
-            Numbers by name that describe this step; root's are stored with the checkpoint if this step is saved
-            (``keep_best`` compares them).
+            Global step, from 1; may jump. Default: one more than the last. Not with a run context.
+        metrics : mapping or callable, optional
+            Numbers by name that describe this step, or what returns them; root's are stored with the checkpoint if this
+            step is saved (``keep_best`` compares them).
 
         Raises
         ------
@@ -325,9 +325,11 @@ class ModelCheckpoint(CallbackShape):
         cause = _BY_ANOTHER
         try:
             if isinstance(state, RunContext):
+                if step is not None:
+                    raise ConfigError("a run context tells the step: step= cannot be given with it", parameter="step")
                 state, step = self._from_loop(state)
             before = self._step
-            self._next_step(state, step, metrics)
+            self._next_step(state, step, metrics() if callable(metrics) else metrics)
             if before and self._step > before + 1:
                 self._run.warn_of_jump(self._step - before)
             decision = self._decide(self._step)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,7 @@ def _refuse_slices(parameters: Mapping[str, Any], layouts: Mapping[str, Any]) ->
             )
 
 
-def make_callback(checkpoint: Any) -> Any:
+def make_callback(checkpoint: Any, metrics: Callable[[Any], Mapping[str, float]] | None = None) -> Any:
     """A ``mindspore.train.Callback`` that hands every event to an object of that shape. Imports MindSpore."""
     try:
         base: Any = importlib.import_module("mindspore.train").Callback
@@ -135,7 +135,8 @@ def make_callback(checkpoint: Any) -> Any:
             checkpoint.on_train_step_begin(run_context)
 
         def on_train_step_end(self, run_context: Any) -> None:
-            checkpoint.on_train_step_end(run_context)
+            measured = None if metrics is None else lambda: metrics(run_context.original_args())
+            checkpoint.step_end(run_context, metrics=measured)
             if checkpoint.should_exit:
                 run_context.request_stop()
 

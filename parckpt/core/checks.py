@@ -222,5 +222,5 @@ def unknown(function: str, names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _meant(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word.lower(), {name.lower(): name for name in known}, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word.lower(), {name.lower(): name for name in known}, n=1, cutoff=0.6)
     return next((f"; did you mean {name!r}?" for name in known if near and name.lower() == near[0]), "")

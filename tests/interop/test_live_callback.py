@@ -235,3 +235,19 @@ def test_the_program_of_the_compatibility_page(tmp_path: Path) -> None:
         assert Path(given["ckpt"].latest_ckpt_file_name) == tmp_path / "ckpts" / f"{stem}.ckpt"
         assert int(ms.load_checkpoint(f"ckpts/{stem}.ckpt")["global_step"].asnumpy()[0]) == epochs * 10
     assert names(tmp_path / "ckpts") == ["lenet-10_10.ckpt", "lenet-20_10.ckpt"]
+
+
+def test_the_best_by_a_loss_that_the_loop_tells(tmp_path: Path) -> None:
+    losses: list[float] = []
+
+    def measure(told: Any) -> dict[str, float]:
+        losses.append(float(told.net_outputs.asnumpy()))
+        return {"loss": losses[-1]}
+
+    config = parckpt.CheckpointConfig(keep_checkpoint_max=1, keep_best=1, best_metric="loss")
+    with parckpt.ModelCheckpoint("net", tmp_path, config) as ckpt:
+        net = nn.SequentialCell(nn.Flatten(), nn.Dense(32 * 32, 10))
+        model_of(net).train(2, data(3), callbacks=ckpt.as_mindspore_callback(metrics=measure))
+    assert len(losses) == 6
+    best = min(range(6), key=lambda at: (losses[at], -at))
+    assert {info.step for info in parckpt.list_checkpoints(tmp_path)} == {best + 1, 6}

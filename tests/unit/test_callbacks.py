@@ -223,3 +223,18 @@ def test_mindspore_is_needed_for_its_callback_only(
     monkeypatch.setitem(sys.modules, "mindspore", None)
     with pytest.raises(ImportError, match="as_mindspore_callback"):
         ckpt.as_mindspore_callback()
+
+
+def test_metrics_of_a_step_may_be_what_returns_them(ckpt: parckpt.ModelCheckpoint, tmp_path: Path) -> None:
+    state = {"w": np.zeros(2)}
+    for step, loss in enumerate([3.0, 2.0, 1.0], 1):
+        ckpt.step_end(state, step, metrics=lambda loss=loss: {"loss": loss})
+    assert parckpt.inspect(tmp_path / "net-1_3.ckpt").metrics == {"loss": 1.0}
+    with pytest.raises(parckpt.ConfigError, match="must be a mapping"):
+        ckpt.step_end(state, 4, metrics=lambda: 1.0)  # type: ignore[arg-type,return-value]
+
+
+def test_a_run_context_and_a_step_contradict_each_other(ckpt: parckpt.ModelCheckpoint) -> None:
+    params = Params(cur_step_num=1, cur_epoch_num=1, batch_num=4, train_network={"w": np.zeros(2)})
+    with pytest.raises(parckpt.ConfigError, match="run context tells the step"):
+        ckpt.step_end(Context(params), 7)
