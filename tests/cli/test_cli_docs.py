@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 import parckpt
+from parckpt.cli.failure import status_of_code
+from parckpt.errors import classes_by_code
 from parckpt.testing.clock import ManualClock
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
@@ -70,3 +72,14 @@ def test_the_page_shows_what_is_printed(call: Any, tmp_path: Path) -> None:
         PAGE.write_text(present, encoding="utf-8")
     assert page.count("<!-- terminal -->") >= 4
     assert present == page
+
+
+def test_every_code_of_an_error_stands_beside_its_exit_status() -> None:
+    section = PAGE.read_text(encoding="utf-8").split("## Exit status")[1].split("## JSON")[0]
+    told = {
+        code: int(status)
+        for status, codes in re.findall(r"^\| (\d+) \|.*\|(.*)\|$", section, re.MULTILINE)
+        for code in re.findall(r"`([\w-]+)`", codes)
+    }
+    assert (told.pop("usage"), told.pop("interrupted")) == (2, 130)  # no error classes
+    assert told == {code: status_of_code(code) for code in classes_by_code()}
