@@ -131,6 +131,7 @@ class Publisher:
             self.fs.sync_directory(self.directory)
         if old is not None and old.token != self.facts.token:
             self._clean(lambda: self._drop(self._pin_path(old.token)))
+        self._clean(self._drop_replaced)
         return self.final
 
     @property
@@ -217,6 +218,13 @@ class Publisher:
                 remove_tree(self.fs, path)
             elif parts[1] == "staging" and self._is_rewriting(path):
                 discard(self.fs, path, parts[0], parts[2])
+
+    def _drop_replaced(self) -> None:
+        """What gave way to an attempt that died meanwhile: it was valid until now."""
+        for name in self.fs.listdir(self.directory) if not self.facts.integrated else ():
+            parts = naming.parse_hidden(name)
+            if parts is not None and parts[:2] == (self.facts.stem, "replaced"):
+                discard(self.fs, os.path.join(self.directory, name), parts[0], parts[2])
 
     def _is_rewriting(self, path: str) -> bool:
         """Whether a staging directory is of a rewriting: a save would have put its plan there before its manifest."""

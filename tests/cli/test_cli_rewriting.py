@@ -126,6 +126,23 @@ def test_rank_files_of_mindspore(call: Any, golden: Path, tmp_path: Path) -> Non
     assert copied.read_bytes() == (strategies / "src_ckpt/rank_3/net-1_2.ckpt").read_bytes()
 
 
+def test_pipeline_stages(call: Any, tmp_path: Path) -> None:
+    arrays = {"a.w": np.arange(32.0).reshape(8, 4), "b.w": np.arange(24.0).reshape(4, 6), "b.n": np.ones(6)}
+    parckpt.save_checkpoint(arrays, tmp_path / "whole")
+    cuts = {"0-a.w": (0, -1), "1-b.w": (-1, 0), "1-b.n": (-1,)}
+    strategy = parckpt.Strategy({name: parckpt.TensorStrategy((2,), cut) for name, cut in cuts.items()})
+    parckpt.save_strategy(strategy, tmp_path / "stages.ckpt")
+    assert call("split", tmp_path / "whole.ckpt", tmp_path / "four", "--strategy", tmp_path / "stages.ckpt").status == 0
+    held = [sorted(of_rank(tmp_path / f"four/rank_{rank}/four.ckpt")) for rank in range(4)]
+    assert held == [["a.w"], ["a.w"], ["b.n", "b.w"], ["b.n", "b.w"]]
+    (tmp_path / "four" / "manifest").unlink()  # as MindSpore would have left it
+    merge = ("merge", tmp_path / "four", tmp_path / "merged.ckpt")
+    refused = call(*merge)
+    assert (refused.status, "say how with --strategy" in refused.err) == (8, True)
+    assert call(*merge, "--strategy", tmp_path / "stages.ckpt").status == 0
+    assert_same(tmp_path / "whole.ckpt", tmp_path / "merged.ckpt")
+
+
 def test_copy(call: Any, published: Path, tmp_path: Path) -> None:
     for name in (f"{STEP}.ckpt", "ranks-2_1", "owners-2_1", "single.ckpt"):
         done = call("copy", published / name, tmp_path / "new")

@@ -119,6 +119,42 @@ def is_there(disk: MemoryFileSystem, name: str) -> bool:
     return True
 
 
+def old_ones(disk: MemoryFileSystem) -> list[str]:
+    """Step directories that have given way to one that is not there yet: still valid."""
+    found = [find_at(disk, f"{NEW}/{entry}") for entry in disk.listdir(NEW) if ".replaced-" in entry]
+    return [one.path for one in found if one is not None and verify_checkpoint(disk, one).verdict == "sound"]
+
+
+@pytest.mark.parametrize("flags", [True, False], ids=["flags", "flagless"])
+def test_what_is_replaced_is_there_until_the_new_one_is(flags: bool) -> None:
+    base = make_disk(rename_flags=flags)
+    split(base)
+    base.sync_all()
+    gave_way = 0
+    for n in itertools.count(1):
+        assert n < LIMIT
+        disk = base.crash(keep="all")
+        system = FaultyFileSystem(disk, crash_at=n, only=CHANGES - {"open", "close", "allocate"})
+        ended = False
+        try:
+            split(system)
+            ended = True
+        except SimulatedCrash:
+            pass
+        for left in (disk.crash(keep="all"), disk.crash(n)):
+            assert is_there(left, STEM) or old_ones(left), f"after call {n}, {system.failed}"
+        if not is_there(disk, STEM):
+            gave_way += 1
+            for lock in find_locks(disk, NEW):
+                break_lock(disk, NEW, lock)
+            split(disk)
+            assert is_there(disk, STEM)
+            assert [entry for entry in disk.listdir(NEW) if entry.startswith(".") and ".lock." not in entry] == []
+        if ended:
+            assert (gave_way > 0) == (not flags)
+            return
+
+
 @pytest.mark.parametrize("act", ACTS)
 def test_any_call_fails(act: str) -> None:
     run, name = ACTS[act]

@@ -111,6 +111,24 @@ def test_any_recast_is_the_same_checkpoint(mode: str, how: str) -> None:
     assert disk.nopen == 0
 
 
+@pytest.mark.parametrize("how", ["integrated", "three"])
+def test_each_rank_gets_its_own_back(how: str) -> None:
+    disk = saved(new_disk(), "per-rank", 2, [(3, VERSION)])
+    source = open_source(disk, original(disk, "per-rank"))
+    stem = f"{PREFIX}-1_3"
+    rewrite(alone(), source, Target(NEW, stem, FORMATS["ckpt"], cut_of(source.contents, how)))
+
+    def program(comm: Any, rank: int) -> tuple[int, Any]:
+        with parckpt.ModelCheckpoint(PREFIX, NEW, config("per-rank"), comm=comm, filesystem=disk) as run:
+            state = make_state(rank, 2, -1)
+            progress = run.restore(state)
+            expected = make_state(rank, 2, VERSION)
+            assert state["w"].data.tobytes() == expected["w"].data.tobytes()
+            return progress.step, progress.state["place"]
+
+    assert run_world(2, program) == [(3, VERSION), (3, 1000 + VERSION)]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_copy_is_the_same_bytes(mode: str) -> None:
     disk = saved(new_disk(), mode, 2, [(3, VERSION)])
