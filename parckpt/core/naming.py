@@ -22,6 +22,7 @@ __all__ = [
     "MANIFEST",
     "PLAN",
     "RECORD",
+    "REWRITING",
     "Name",
     "Stem",
     "bad_name",
@@ -49,6 +50,7 @@ MANIFEST = "manifest"
 PLAN = "plan"
 RECORD = "record"
 ABORTED = "aborted"
+REWRITING = "rewriting"  # not a save: a checkpoint is made from another one, and nobody else publishes it
 
 # Format (as in CheckpointConfig) to the extension of its files.
 EXTENSIONS = {"ckpt": "ckpt", "safetensors": "safetensors", "hdf5": "h5"}

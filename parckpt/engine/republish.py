@@ -22,12 +22,9 @@ from parckpt.storage.filesystem import FileSystem, try_stat
 from parckpt.storage.identity import identify
 from parckpt.storage.lock import Lock
 
-__all__ = ["MARK", "Publisher"]
+__all__ = ["Publisher"]
 
 log = logging.getLogger("parckpt")
-
-MARK = "rewriting"
-"""File that tells such a staging directory from that of a save: only those are swept here."""
 
 _LOCK_STALE_S = 600.0
 # Manifest, directories and the pages around files, generously.
@@ -119,7 +116,7 @@ class Publisher:
         old = self._check_name()
         self._pin_down(old)
         if not self.facts.integrated:
-            self.fs.unlink(os.path.join(self.staging.path, MARK))
+            self.fs.unlink(os.path.join(self.staging.path, naming.REWRITING))
         if not manifest:
             self._publish_bare()
         elif not self.facts.integrated:
@@ -203,7 +200,7 @@ class Publisher:
     def _make_staging(self) -> None:
         staging = self.staging
         self.fs.mkdir(staging.path, staging.modes.directory)
-        write_file(self.fs, os.path.join(staging.path, MARK), b"", staging.modes.file)
+        write_file(self.fs, os.path.join(staging.path, naming.REWRITING), b"", staging.modes.file)
         self.fs.sync_directory(staging.path)
         self.fs.sync_directory(self.directory)
 
@@ -228,9 +225,8 @@ class Publisher:
 
     def _is_rewriting(self, path: str) -> bool:
         """Whether a staging directory is of a rewriting: a save would have put its plan there before its manifest."""
-        mark, manifest, plan = (
-            try_stat(self.fs, os.path.join(path, name)) is not None for name in (MARK, naming.MANIFEST, naming.PLAN)
-        )
+        names = (naming.REWRITING, naming.MANIFEST, naming.PLAN)
+        mark, manifest, plan = (try_stat(self.fs, os.path.join(path, name)) is not None for name in names)
         return mark or (manifest and not plan)
 
     def _leave(self) -> None:

@@ -133,6 +133,8 @@ def judge(fs: FileSystem, directory: str, stem: str, token: str) -> tuple[Manife
     try:
         if try_stat(fs, os.path.join(path, naming.ABORTED)) is not None:
             return None, "the save was rejected"
+        if try_stat(fs, os.path.join(path, naming.REWRITING)) is not None:
+            return None, "a convert, merge, split or copy was interrupted"
         plan = Plan.decode(_read(fs, os.path.join(path, naming.PLAN)), path)
         if plan.facts.token != token or plan.facts.stem != stem:
             return None, "its plan belongs to another save"

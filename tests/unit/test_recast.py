@@ -24,12 +24,14 @@ from parckpt.engine.group import Group
 from parckpt.engine.recast import Target, read_nbytes, rewrite
 from parckpt.engine.source import Source, open_source
 from parckpt.engine.staging import Modes
+from parckpt.engine.survey import debris
 from parckpt.engine.verify import verify_checkpoint
 from parckpt.errors import CheckpointExistsError, ChecksumError, ConfigError, NoSpaceError
 from parckpt.formats.registry import FORMATS
 from parckpt.storage.atomic import read_file
+from parckpt.storage.lock import break_lock
 from parckpt.testing.checkpoints import store
-from parckpt.testing.filesystem import MemoryFileSystem
+from parckpt.testing.filesystem import FaultyFileSystem, MemoryFileSystem, SimulatedCrash
 from parckpt.testing.saves import DIRECTORY, MODES, PREFIX, check, config, make_state, new_disk, saved
 from parckpt.testing.world import run_world
 
@@ -267,6 +269,22 @@ def test_an_interrupt_leaves_nothing(act: str) -> None:
         acts[act]()
     assert disk.listdir(NEW) == []
     assert {thread.name for thread in threading.enumerate()}.isdisjoint({"parckpt-write", "parckpt-heartbeat"})
+
+
+def test_what_a_killed_one_left_is_told_and_swept() -> None:
+    disk = saved(new_disk(), "per-rank", 1, [(3, VERSION)])
+    path = original(disk, "per-rank")
+    system = FaultyFileSystem(disk, crash_at=3, only=frozenset({"mkdir"}))  # of rank_0
+    with pytest.raises(SimulatedCrash):
+        rewrite(alone(), open_source(system, path), Target(NEW, "x", FORMATS["ckpt"]))
+    (left,) = debris(disk, NEW, lambda *whose: False)
+    assert (left.kind, left.fate, left.reason) == (
+        *("staging", "remove"),
+        "a convert, merge, split or copy was interrupted",
+    )
+    break_lock(disk, NEW, "x")
+    rewrite(alone(), open_source(disk, path), Target(NEW, "x", FORMATS["ckpt"]))
+    assert debris(disk, NEW, lambda *whose: False) == []
 
 
 def test_columns_are_put_together_without_reading_anything_more_than_twice() -> None:
