@@ -47,7 +47,7 @@ def diff(
         typer.Option(
             "--strategy",
             metavar="FILE",
-            help="MindSpore's strategy file: how rank_<n> directories without a manifest are cut.",
+            help="MindSpore's strategy file: how `rank_<n>` directories without a manifest are cut.",
             show_default=False,
         ),
     ] = None,

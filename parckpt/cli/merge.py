@@ -31,7 +31,7 @@ def merge(
 ) -> None:
     """Put the files of all ranks together: one file, whole tensors.
 
-    What parckpt wrote says itself how it is cut. MindSpore's rank_<n> directories need the strategy file of the
+    What parckpt wrote says itself how it is cut. MindSpore's `rank_<n>` directories need the strategy file of the
     training, merged over the stages if there was a pipeline, unless every file holds whole tensors.
 
     DST appears in one act when all of it is on disk; until then, or after an interrupt or an error, there is nothing.

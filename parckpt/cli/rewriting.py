@@ -49,7 +49,7 @@ SourceArgument: TypeAlias = Annotated[
     str,
     typer.Argument(
         metavar="SRC",
-        help="Step directory, data file, or a directory of rank_<n> directories; MindSpore's too.",
+        help="Step directory, data file, or a directory of `rank_<n>` directories; MindSpore's too.",
         show_default=False,
     ),
 ]

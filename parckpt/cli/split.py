@@ -85,7 +85,7 @@ def split(
 ) -> None:
     """Make a directory with a file for each rank, as that many ranks would have saved it.
 
-    Rank r's file is rank_<r>/<name>. By a layout each rank's file holds all that the rank needs, as MindSpore's ranks
+    Rank r's file is `rank_<r>/<name>`. By a layout each rank's file holds all that the rank needs, as MindSpore's ranks
     expect when each loads its own; tensors without a layout are whole in every file. Without a layout every element
     is in one file only: enough for parckpt, which restores on any number of ranks anyway.
 
