@@ -44,7 +44,13 @@ class MindSpore:
         dtype = dtypes.by_ckpt(str(value.dtype))
         if dtype is None:
             raise ConfigTypeError(f"MindSpore tensors of type {value.dtype} cannot be saved")
-        return Leaf(value.shape, dtype, lambda out: _read(value, dtype, out), lambda array: _write(value, dtype, array))
+        return Leaf(
+            value.shape,
+            dtype,
+            lambda out: _read(value, dtype, out),
+            lambda array: _write(value, dtype, array),
+            origin=value,
+        )
 
     def as_mapping(self, value: Any) -> Mapping[str, Any] | None:
         """A Cell's parameters under their own names, in its order; a tied one once.
@@ -77,6 +83,7 @@ def _generator(generator: Any) -> Leaf:
         "uint8",
         lambda out: np.copyto(out, generator.get_state().asnumpy()),
         lambda array: generator.set_state(make(array)),
+        origin=generator,
     )
 
 

@@ -85,12 +85,15 @@ class Leaf:
     write_from : callable, optional
         ``write_from(array)`` takes over the values of `array`, which is read-only and must not be kept. Without it the
         leaf can be saved but not restored.
+    origin : object, optional
+        What the leaf stands for; `load_checkpoint` gives it back in the leaf's place.
     """
 
     shape: tuple[int, ...]
     dtype: DType
     read_into: Callable[[np.ndarray[Any, Any]], object]
     write_from: Callable[[np.ndarray[Any, Any]], object] | None
+    origin: Any
 
     def __init__(
         self,
@@ -98,6 +101,8 @@ class Leaf:
         dtype: Any,
         read_into: Callable[[np.ndarray[Any, Any]], object],
         write_from: Callable[[np.ndarray[Any, Any]], object] | None = None,
+        *,
+        origin: Any = None,
     ) -> None:
         if not callable(read_into):
             raise ConfigTypeError(f"read_into must be callable, not {type(read_into).__name__}")
@@ -107,6 +112,7 @@ class Leaf:
         object.__setattr__(self, "dtype", as_dtype(dtype))
         object.__setattr__(self, "read_into", read_into)
         object.__setattr__(self, "write_from", write_from)
+        object.__setattr__(self, "origin", origin)
 
 
 @dataclass(frozen=True, eq=False)

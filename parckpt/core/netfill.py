@@ -200,7 +200,7 @@ def complaints(missing: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
             "see that these are the parameters that were meant"
         )
     if missing:
-        said.append(f"not loaded, because the checkpoint has nothing of that name: {_some(missing)}")
+        said.append(f"not loaded, because the checkpoint has nothing to fill them with: {_some(missing)}")
     return said
 
 

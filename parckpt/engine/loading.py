@@ -13,6 +13,7 @@ import numpy as np
 from parckpt.comm.launch import SELF, resolve
 from parckpt.core import netfill, netrules
 from parckpt.core.flat import FlatState
+from parckpt.core.leaves import Leaf
 from parckpt.core.state import State, flatten
 from parckpt.core.target import Selection
 from parckpt.engine import foreign
@@ -184,8 +185,13 @@ def _is_foreign_file(fs: FileSystem, path: str) -> bool:
 
 
 def _one(pieces: Sequence[Any]) -> Any:
-    sources = [piece.source for piece in pieces]
+    """What the caller handed in for a tensor, in the form in which it was handed in."""
+    sources = [_as_given(piece.source) for piece in pieces]
     return sources[0] if len(sources) == 1 else sources
+
+
+def _as_given(source: Any) -> Any:
+    return source.origin if isinstance(source, Leaf) and source.origin is not None else source
 
 
 def as_loaded(value: Any) -> Any:

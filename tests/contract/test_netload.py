@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_what_is_filled_and_what_is_listed() -> None:
         "name": "",
         "accu_grads.w": np.ones(1),
     }
-    with pytest.warns(StateWarning, match=r"nothing of that name: c$") as said:
+    with pytest.warns(StateWarning, match=r"nothing to fill them with: c$") as said:
         lists = parckpt.load_param_into_net(
             net, {"a.w": W, "a.b": W[0], "lr": np.float32(0.5), "name": "x", "extra": W, "note": "text"}
         )
@@ -60,7 +61,7 @@ def test_a_prefix_is_said() -> None:
         assert parckpt.load_param_into_net(net, {"net.w": W}) == ([], ["net.w"])
     assert net["w"].tolist() == W.tolist()
     net["w"][:] = 0
-    with pytest.warns(StateWarning, match="nothing of that name: w"):
+    with pytest.warns(StateWarning, match="nothing to fill them with: w"):
         assert parckpt.load_param_into_net(net, {"net.w": W}, strict_load=True) == (["w"], ["net.w"])
     assert not net["w"].any()
 
@@ -123,7 +124,7 @@ def test_leaves_and_texts_and_lists() -> None:
         "parts": [parckpt.Shard(np.zeros((1, 4)), (3, 4), (n, 0)) for n in (0, 2)],
         "t": np.zeros(2),
     }
-    with pytest.warns(StateWarning, match="nothing of that name: t"):
+    with pytest.warns(StateWarning, match="nothing to fill them with: t"):
         lists = parckpt.load_param_into_net(net, {"l": W[:2, :2].T, "parts": W, "t": "text", "m": [W, W, W]})
     assert lists == (["t"], ["t", "m"])  # MindSpore says nothing of a parameter for which there is a text
     assert seen == [([[0, 4], [1, 5]], False)]
@@ -207,7 +208,7 @@ def test_what_a_rank_lacks_comes_from_the_lowest_that_has_it() -> None:
             {"c": np.array([3.0, 4.0]), "d": np.array([5.0, 6.0])},
         ][rank]
         if rank == 0:  # who speaks for all
-            with pytest.warns(StateWarning, match="nothing of that name: nowhere"):
+            with pytest.warns(StateWarning, match="nothing to fill them with: nowhere"):
                 missing, left = parckpt.load_param_into_net(net, entries, False, True, comm=comm)
         else:
             missing, left = parckpt.load_param_into_net(net, entries, False, True, comm=comm)
@@ -312,7 +313,7 @@ def test_names_types_and_shapes_of_a_net(disk: MemoryFileSystem, form: str) -> N
         found = parckpt.load_checkpoint(path, net, filesystem=disk)
     assert len(said) == 2
     assert "'w' from 'net.w'" in str(said[0].message)
-    assert "nothing of that name: new" in str(said[1].message)
+    assert "nothing to fill them with: new" in str(said[1].message)
     assert {warning.filename for warning in said} == {__file__}
     assert set(found) == {"w", "b", "n"}
     assert net["w"].tolist() == W.tolist()
@@ -372,3 +373,14 @@ def test_a_key_for_what_is_plain_and_none_for_what_is_not(disk: MemoryFileSystem
     with pytest.raises(ConfigTypeError, match="dec_key"):
         parckpt.load_checkpoint("/x.ckpt", dec_key="0" * 16, filesystem=disk)  # type: ignore[arg-type]
     assert parckpt.load_checkpoint("/x.ckpt", dec_mode="anything", filesystem=disk)
+
+
+def test_a_leaf_comes_back_as_what_it_stands_for(tmp_path: Path) -> None:
+    held, device = np.zeros(3), object()
+    net = {
+        "a": parckpt.Leaf((3,), "f8", lambda out: None, lambda new: held.__setitem__(..., new), origin=device),
+        "b": parckpt.Leaf((3,), "f8", lambda out: None, lambda new: None),
+    }
+    parckpt.save_checkpoint({"a": np.arange(3.0), "b": np.ones(3)}, tmp_path / "x")
+    assert parckpt.load_checkpoint(tmp_path / "x.ckpt", net) == {"a": device, "b": net["b"]}
+    assert held.tolist() == [0, 1, 2]

@@ -78,8 +78,12 @@ def test_a_cell_as_net_of_load_checkpoint(tmp_path: Path) -> None:
     net, other = nn.Dense(3, 2), nn.Dense(3, 2)
     ms.save_checkpoint(net, str(tmp_path / "net.ckpt"))
     with pytest.warns(parckpt.StateWarning, match="no manifest"):
-        parckpt.load_checkpoint(str(tmp_path / "net.ckpt"), other)
+        found = parckpt.load_checkpoint(str(tmp_path / "net.ckpt"), other)
     assert contents(other) == contents(net)
+    assert [(name, value is other.parameters_dict()[name]) for name, value in found.items()] == [
+        ("weight", True),
+        ("bias", True),
+    ]
 
 
 def test_lists_of_parameters_and_dicts_as_mindspores_save_checkpoint_takes_them(tmp_path: Path) -> None:
