@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Annotated
 
 import typer
 
 from parckpt.cli.failure import guarded
-from parckpt.cli.options import DebugOption, JsonOption
+from parckpt.cli.options import DebugOption, JsonOption, absolute
 from parckpt.cli.output import progress_bar
 from parckpt.cli.rewriting import SourceArgument, alone, modes_of, tell
 from parckpt.engine.copying import copy_checkpoint, open_original
@@ -37,10 +36,11 @@ def copy(
     """
     del debug
     fs = PosixFileSystem()
-    original = open_original(fs, os.path.abspath(src))
+    original = open_original(fs, absolute(src))
+    place = absolute(directory)
     modes = modes_of(fs, original.root, original.contents.files[0].path)
     started = time.monotonic()
     with progress_bar("copying", original.nbytes) as on_bytes:
-        path = copy_checkpoint(alone(), original, os.path.abspath(directory), modes=modes, on_bytes=on_bytes)
+        path = copy_checkpoint(alone(), original, place, modes=modes, on_bytes=on_bytes)
     seconds = time.monotonic() - started
     tell(fs, open_original(fs, path), original.path, verified=original.has_checksums, seconds=seconds, as_json=as_json)

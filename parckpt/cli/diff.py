@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from parckpt.cli.failure import DIFFERENT, guarded
-from parckpt.cli.options import DebugOption, JsonOption
+from parckpt.cli.options import DebugOption, JsonOption, absolute
 from parckpt.cli.output import count, emit, facts, line, progress_bar, size, table
 from parckpt.core import naming
 from parckpt.core.difference import Delta, Element
@@ -69,8 +69,8 @@ def diff(
     if headers and (values or read_all):
         raise ConfigError(f"--headers compares no elements: leave out --{'values' if values else 'read-all'}")
     fs = PosixFileSystem()
-    cut = load_strategy(os.path.abspath(strategy), filesystem=fs) if strategy is not None else None
-    left, right = (_open(fs, os.path.abspath(path), cut) for path in (a, b))
+    cut = load_strategy(absolute(strategy), filesystem=fs) if strategy is not None else None
+    left, right = (_open(fs, absolute(path), cut) for path in (a, b))
     total = 0 if headers else comparable_nbytes(left, right)
     with progress_bar("comparing", total) as on_done:
         found = compare(left, right, headers_only=headers, read_all=read_all, on_done=on_done)
@@ -231,7 +231,7 @@ def _pair_text(element: Element) -> str:
 
 
 def _print_summary(found: Comparison, headers: bool) -> None:
-    what = "names, shapes and types" if headers else "everything"
+    what = " in names, shapes and types" if headers else ""
     kinds = [one.kind for one in found.tensor_differences]
     counts = ", ".join(f"{kinds.count(kind)} {_KINDS.get(kind, kind)}" for kind in dict.fromkeys(kinds))
     tensors = f"{len(kinds)} of {count(found.tensors, 'tensor')}" + (f" ({counts})" if counts else "")
@@ -239,6 +239,6 @@ def _print_summary(found: Comparison, headers: bool) -> None:
     if found.nbytes_skipped:
         read += f", {size(found.nbytes_skipped)} of tensors known to be equal by checksums"
     if found.is_equal:
-        line(f"no difference in {what} ({count(found.tensors, 'tensor')}){read}", "green")
+        line(f"no difference{what} ({count(found.tensors, 'tensor')}){read}", "green")
     else:
         line(f"they differ: {tensors}, {count(len(found.value_differences), 'plain value')}{read}", "bold")

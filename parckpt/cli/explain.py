@@ -6,15 +6,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from parckpt.cli.failure import guarded
-from parckpt.cli.options import DebugOption, DirectoryArgument, JsonOption, PrefixOption
+from parckpt.cli.failure import guarded, status_of
+from parckpt.cli.options import DebugOption, DirectoryArgument, JsonOption, PrefixOption, absolute
 from parckpt.cli.output import age, count, emit, line, moment, size
 from parckpt.comm.wait import SystemClock
 from parckpt.engine.catalog import Found, scan
 from parckpt.engine.explaining import Explained, Explanation, explain_family
 from parckpt.engine.keeper import noted_in
 from parckpt.engine.places import directories_of
-from parckpt.engine.survey import owns, run_files
+from parckpt.engine.survey import is_unreadable, owns, run_files
+from parckpt.errors import StorageError
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem
 
 __all__ = ["explain"]
@@ -26,40 +27,48 @@ def explain(
     prefix: PrefixOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
-) -> None:
+) -> int:
     """Say why each checkpoint is there, whether it stays, and which one a restore would take.
 
     For each prefix: what a restore would take, and why not the others; when the next save is due; of each checkpoint
     why it was saved ("made"), why it is kept ("stays"), and why the next save would delete it ("goes").
 
     What is said of damage is what names and sizes tell; only verify reads the data. Takes no lock, changes nothing:
-    safe beside a running job.
+    safe beside a running job. Exit status 6, or 10, if a manifest could not be read.
     """
     del debug
     fs = PosixFileSystem()
-    path = os.path.abspath(directory)
+    path = absolute(directory)
     now = SystemClock().wall()
     runs = run_files(fs, path)
-    families = _families(scan(fs, path, prefix), [name for name in runs if prefix in (None, name)])
+    families = _families(scan(fs, path, prefix, tolerant=True), [name for name in runs if prefix in (None, name)])
+    others = {name: _elsewhere(fs, path, name, runs.get(name)) for name in families}
+    here = scan(fs, path, tolerant=True)  # a restore reads the manifests of all
     told = [
-        explain_family(fs, path, name, found, now, runs.get(name), _elsewhere(fs, path, name, runs.get(name)))
+        explain_family(
+            *(fs, path, name, found, now, runs.get(name), others[name]),
+            refused=next((one for one in (*here, *others[name]) if isinstance(one.error, StorageError)), None),
+        )
         for name, found in families.items()
     ]
+    unread = [one.error for found in (*families.values(), *others.values()) for one in found if one.error is not None]
+    status = next((status_of(error) for error in unread if is_unreadable(error)), 0)
     if as_json:
         emit({"directory": path, "prefixes": [_row(one, path, now) for one in told]})
-        return
+        return status
     if not told:
         line(f"no checkpoints{f' of prefix {prefix!r}' if prefix is not None else ''} in {path}")
     for number, one in enumerate(told):
         if number:
             line("")
         _print(one, now)
+    return status
 
 
 def _elsewhere(fs: FileSystem, path: str, family: str, run_file: Mapping[str, Any] | None) -> list[Found]:
     """What the run has in other directories, where a callable made it go on."""
     others = directories_of(fs, path, noted_in(run_file))[1:]
-    return [one for other in others for one in scan(fs, other, family, any_name=True)]
+    return [one for other in others for one in scan(fs, other, family, any_name=True, tolerant=True)]
 
 
 def _families(published: list[Found], known: list[str]) -> dict[str, list[Found]]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from parckpt.cli.failure import guarded
-from parckpt.cli.options import DebugOption, DirectoryArgument, JsonOption, PrefixOption
+from parckpt.cli.failure import guarded, status_of_code
+from parckpt.cli.options import DebugOption, DirectoryArgument, JsonOption, PrefixOption, absolute
 from parckpt.cli.output import emit, line, moment, size, table
 from parckpt.engine.catalog import Found, scan
 from parckpt.engine.pins import is_pinned
-from parckpt.engine.survey import Foreign, foreign_entries, owns, quick_problem
+from parckpt.engine.survey import Foreign, foreign_entries, is_unreadable, owns, quick_problem
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem
 
-__all__ = ["checkpoint_row", "ls", "state_text"]
+__all__ = ["checkpoint_row", "ls", "state_text", "unreadable_status"]
 
 _COLUMNS = ("name", "step", "epoch", "when", "size", "ranks", "format", "reason", "state")
 
@@ -24,30 +24,37 @@ def ls(
     prefix: PrefixOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
-) -> None:
+) -> int:
     """List the checkpoints of a directory, newest first.
 
     Newest is what a restore would try first; several prefixes come one after the other. State: "ok" (manifest and
-    sizes are right; only verify reads the data), "damaged: why", "set aside: why" (a restore found damage and marked
-    it), "no manifest" (not published by parckpt); "pinned" if retention leaves it alone.
+    sizes are right; only verify reads the data), "damaged: why", "unreadable: why" (not to be judged from here), "set
+    aside: why" (a restore found damage and marked it), "no manifest" (not published by parckpt), "renamed: why";
+    "pinned" if retention leaves it alone.
 
-    Reads kilobytes, takes no lock, changes nothing: safe beside a running job.
+    Reads kilobytes, takes no lock, changes nothing: safe beside a running job. Exit status 6, or 10, if something was
+    unreadable.
     """
     del debug
     fs = PosixFileSystem()
-    path = os.path.abspath(directory)
-    published = _by_family(scan(fs, path, prefix))
-    foreign = foreign_entries(fs, path, scan(fs, path) if prefix is not None else published)
+    path = absolute(directory)
+    published = _by_family(scan(fs, path, prefix, tolerant=True))
+    foreign = foreign_entries(fs, path, scan(fs, path, tolerant=True) if prefix is not None else published)
     foreign = [entry for entry in foreign if prefix is None or owns(prefix, entry.stem)]
     rows = [checkpoint_row(fs, found) for found in published]
     if as_json:
         emit({"directory": path, "checkpoints": rows, "foreign": [_foreign_row(entry) for entry in foreign]})
-        return
-    if not rows and not foreign:
+    elif not rows and not foreign:
         line(f"no checkpoints{f' of prefix {prefix!r}' if prefix is not None else ''} in {path}")
-        return
-    shown = [_cells(row) for row in rows] + [_foreign_cells(entry) for entry in foreign]
-    table(_COLUMNS, shown, right=("step", "epoch", "size", "ranks"))
+    else:
+        shown = [_cells(row) for row in rows] + [_foreign_cells(entry) for entry in foreign]
+        table(_COLUMNS, shown, right=("step", "epoch", "size", "ranks"))
+    return unreadable_status(rows)
+
+
+def unreadable_status(rows: list[dict[str, Any]]) -> int:
+    """Exit status of a listing: 0, or that of the first that could not be read."""
+    return next((status_of_code(row["code"]) for row in rows if row["state"] == "unreadable"), 0)
 
 
 def _by_family(published: list[Found]) -> list[Found]:
@@ -68,12 +75,15 @@ def _by_family(published: list[Found]) -> list[Found]:
 def checkpoint_row(fs: FileSystem, found: Found) -> dict[str, Any]:
     """What is known of a published checkpoint without reading its data."""
     facts, problem = found.facts, quick_problem(fs, found)
-    state = "damaged" if problem else "set aside" if found.set_aside is not None else "ok"
+    state = "set aside" if found.set_aside is not None else "ok"
+    if problem is not None:
+        state = "unreadable" if is_unreadable(problem) else "damaged"
     return {
         "name": os.path.basename(found.path),
         "path": found.path,
         "state": state,
-        "problem": problem or found.set_aside,
+        "problem": problem.message if problem is not None else found.set_aside,
+        "code": problem.code if problem is not None else None,
         "pinned": is_pinned(fs, os.path.dirname(found.path), found),
         "step": facts.step if facts else None,
         "epoch": facts.epoch if facts else None,
@@ -99,7 +109,8 @@ def _foreign_row(entry: Foreign) -> dict[str, Any]:
     return {
         "name": entry.name,
         "path": entry.path,
-        "state": "no manifest",
+        "state": "no manifest" if entry.renamed is None else "renamed",
+        "problem": entry.renamed,
         "files": entry.files,
         "nbytes": entry.nbytes,
         "modified": entry.mtime,
@@ -122,5 +133,6 @@ def state_text(row: dict[str, Any]) -> str:
 
 
 def _foreign_cells(entry: Foreign) -> tuple[str, ...]:
+    state = "no manifest" if entry.renamed is None else f"renamed: {entry.renamed}"
     form = f"{entry.files} files" if entry.is_directory else os.path.splitext(entry.name)[1].lstrip(".")
-    return (entry.name, "-", "-", moment(entry.mtime), size(entry.nbytes), "-", form, "-", "no manifest")
+    return (entry.name, "-", "-", moment(entry.mtime), size(entry.nbytes), "-", form, "-", state)

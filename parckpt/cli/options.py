@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, TypeAlias
 
 import typer
 
-__all__ = ["STALE_S", "DebugOption", "DirectoryArgument", "JsonOption", "PrefixOption"]
+from parckpt.errors import ConfigError
+
+__all__ = ["STALE_S", "DebugOption", "DirectoryArgument", "JsonOption", "PrefixOption", "absolute"]
 
 STALE_S = 600.0
 """Seconds without a heartbeat after which a holder counts as gone: the default of ``lock_stale_s``."""
@@ -29,3 +32,16 @@ PrefixOption: TypeAlias = Annotated[
         show_default=False,
     ),
 ]
+
+
+def absolute(path: str) -> str:
+    """The absolute form of a path that a user gave.
+
+    Raises
+    ------
+    ConfigError
+        If it is empty: most often a variable that was not set, and never meant to be the current directory.
+    """
+    if not path:
+        raise ConfigError("a path is empty; the current directory is .", parameter="path")
+    return os.path.abspath(path)

@@ -19,6 +19,7 @@ __all__ = ["age", "console", "count", "emit", "facts", "line", "moment", "plain"
 _NO_EDGE = 1_000_000
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 _COLORS = {"ok": "green", "sound": "green", "damaged": "bold red", "set aside": "yellow", "no manifest": "yellow"}
+_COLORS |= {"unreadable": "bold red", "renamed": "yellow"}
 _COLORS |= {"goes": "yellow", "would go": "yellow"}
 
 

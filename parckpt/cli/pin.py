@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from parckpt.cli.failure import guarded
-from parckpt.cli.options import DebugOption, JsonOption
+from parckpt.cli.options import DebugOption, JsonOption, absolute
 from parckpt.cli.output import emit, line, moment, table
 from parckpt.engine.catalog import Found, find_at, scan
 from parckpt.engine.pins import Pin, find_pins, unpin
@@ -46,13 +46,13 @@ def pin(
     if remove and listing:
         raise ConfigError("--list changes nothing: leave out --remove, or name the checkpoint to unpin without --list")
     fs = PosixFileSystem()
-    absolute = os.path.abspath(path)
+    place = absolute(path)
     if listing:
-        _list(fs, absolute, as_json)
+        _list(fs, place, as_json)
     elif remove:
-        _remove(fs, absolute, as_json)
+        _remove(fs, place, as_json)
     else:
-        _pin(fs, absolute, as_json)
+        _pin(fs, place, as_json)
 
 
 def _pin(fs: FileSystem, path: str, as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 import typer
 
 from parckpt.cli.failure import guarded
-from parckpt.cli.options import DebugOption, JsonOption
+from parckpt.cli.options import DebugOption, JsonOption, absolute
 from parckpt.cli.output import count, emit, line, progress_bar, size, table
 from parckpt.comm.wait import SystemClock
 from parckpt.core.layout import Box
@@ -119,7 +118,7 @@ def plan(
     described = outline.describe(nranks)
     looks = [look_ahead(*described, each, way, ownership=ownership) for way in WAYS]
     if rate is None and measure is not None:
-        rate = _measure(fs, os.path.abspath(measure))
+        rate = _measure(fs, absolute(measure))
     speed = Speed(rate * _GB if rate else None, total_rate * _GB if total_rate else None)
     basis = _basis(speed, measure)
     result = _Result(state, outline, nranks, each, looks, looks[chosen], speed, basis)
@@ -167,12 +166,12 @@ def _outline(fs: FileSystem, state: str, ranks: int | None, strategy: str | None
         data = sys.stdin.buffer.read(_MAX_DESCRIPTION_NBYTES) if state == "-" else _read(fs, state)
         outline = parse_outline(data, "standard input" if state == "-" else state)
     else:
-        source = _open(fs, os.path.abspath(state))
+        source = _open(fs, absolute(state))
         facts = source.facts
         as_cut = not facts.integrated and ranks in (None, facts.world_size) and strategy is None and not sharded
         outline = Outline.of_contents(source.contents, as_stored=as_cut)
     if strategy is not None:
-        return outline.with_strategy(load_strategy(os.path.abspath(strategy), filesystem=fs))
+        return outline.with_strategy(load_strategy(absolute(strategy), filesystem=fs))
     return outline.cut_evenly(ranks or outline.job_nranks) if sharded else outline
 
 
@@ -189,7 +188,7 @@ def _open(fs: FileSystem, path: str) -> Source:
 
 
 def _read(fs: FileSystem, path: str) -> bytes:
-    return read_file(fs, os.path.abspath(path), _MAX_DESCRIPTION_NBYTES)
+    return read_file(fs, absolute(path), _MAX_DESCRIPTION_NBYTES)
 
 
 def _measure(fs: FileSystem, directory: str) -> float:

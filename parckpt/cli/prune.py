@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from parckpt.cli.failure import guarded
-from parckpt.cli.options import STALE_S, DebugOption, DirectoryArgument, JsonOption, PrefixOption
+from parckpt.cli.options import STALE_S, DebugOption, DirectoryArgument, JsonOption, PrefixOption, absolute
 from parckpt.cli.output import count, emit, line, moment, progress_bar, size, table
 from parckpt.comm.wait import SystemClock
 from parckpt.engine.pruning import Judged, Pruned, Rule, judge_directory
@@ -58,7 +58,7 @@ def prune(
     del debug
     if keep is not None and minutes is not None:
         raise ConfigError("--keep and --minutes exclude each other: leave one of them out")
-    fs, path, rule = PosixFileSystem(), os.path.abspath(directory), Rule(keep, minutes)
+    fs, path, rule = PosixFileSystem(), absolute(directory), Rule(keep, minutes)
     judged = judge_directory(fs, path, prefix, rule, SystemClock().wall())
     damaged: dict[str, str] = {}
     if verify:

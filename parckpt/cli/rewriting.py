@@ -9,11 +9,13 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from parckpt.cli.options import absolute
 from parckpt.cli.output import count, emit, line, progress_bar, size
 from parckpt.comm.launch import SELF, resolve
 from parckpt.comm.wait import Waiter
 from parckpt.core import naming, recut
 from parckpt.core.strategy import Strategy
+from parckpt.engine import parts
 from parckpt.engine.catalog import find_at
 from parckpt.engine.copying import Original, open_original
 from parckpt.engine.foreign import index_file
@@ -104,11 +106,15 @@ def open_checked(fs: FileSystem, path: str, strategy_file: str | None) -> Source
     LayoutError
         Files hold slices, and there is no strategy.
     ConfigError
-        It holds what cannot be rewritten.
+        It holds what cannot be rewritten, or is one file of a step directory.
     """
-    strategy: Strategy | None = None if strategy_file is None else load_strategy(strategy_file, filesystem=fs)
+    place = absolute(path)
+    strategy: Strategy | None = None
+    if strategy_file is not None:
+        strategy = load_strategy(absolute(strategy_file), filesystem=fs)
+    _refuse_part(fs, place)
     try:
-        source = open_source(fs, os.path.abspath(path), check=True, strategy=strategy)
+        source = open_source(fs, place, check=True, strategy=strategy)
     except LayoutError as error:
         if strategy is not None:
             raise
@@ -116,6 +122,15 @@ def open_checked(fs: FileSystem, path: str, strategy_file: str | None) -> Source
     if source.is_foreign:
         _refuse_maps(source)
     return source
+
+
+def _refuse_part(fs: FileSystem, path: str) -> None:
+    """One rank's file of a step directory would become a checkpoint of slices that looks whole."""
+    part = parts.find(fs, path)
+    if part is not None and part.is_partial:
+        raise ConfigError(
+            f"{path} has only what rank {part.rank} wrote of a checkpoint: give the whole of it, {part.root}", path=path
+        )
 
 
 def _refuse_maps(source: Source) -> None:
@@ -139,7 +154,7 @@ def destination(source: Source, dst: str, form: str | None, *, integrated: bool)
     ConfigError
         The name, the format and the number of files do not fit together.
     """
-    path = os.path.abspath(dst)
+    path = absolute(dst)
     if form is not None and form not in FORMATS:
         raise ConfigError(f"--format must be {' or '.join(FORMATS)}, not {form!r}", parameter="format")
     stat = try_stat(source.fs, path)

@@ -9,7 +9,7 @@ import typer
 
 from parckpt.cli.failure import guarded
 from parckpt.cli.ls import checkpoint_row, state_text
-from parckpt.cli.options import DebugOption, JsonOption
+from parckpt.cli.options import DebugOption, JsonOption, absolute
 from parckpt.cli.output import count, emit, facts, line, moment, size, table
 from parckpt.core import appended, naming
 from parckpt.core.contents import Contents
@@ -47,12 +47,12 @@ def show(
     """
     del debug
     fs = PosixFileSystem()
-    absolute = os.path.abspath(path)
-    stat = fs.stat(absolute)
-    found = find_at(fs, absolute)
-    if found is None and stat.is_dir and try_stat(fs, os.path.join(absolute, naming.rank_directory(0))) is None:
-        raise CheckpointNotFoundError(f"{absolute} is not a checkpoint; parckpt ls lists what is in it", path=absolute)
-    content = _published(fs, found) if found is not None else _foreign(fs, absolute)
+    place = absolute(path)
+    stat = fs.stat(place)
+    found = find_at(fs, place)
+    if found is None and stat.is_dir and try_stat(fs, os.path.join(place, naming.rank_directory(0))) is None:
+        raise CheckpointNotFoundError(f"{place} is not a checkpoint; parckpt ls lists what is in it", path=place)
+    content = _published(fs, found) if found is not None else _foreign(fs, place)
     if as_json:
         emit(content)
     elif found is not None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from parckpt.cli.failure import guarded
-from parckpt.cli.options import DebugOption, JsonOption
+from parckpt.cli.options import DebugOption, JsonOption, absolute
 from parckpt.cli.rewriting import (
     CrcOption,
     DestinationArgument,
@@ -111,7 +111,7 @@ def split(
 
 
 def _by_file(fs: FileSystem, contents: Contents, path: str, ranks: int | None, once: bool) -> recut.Cut:
-    known = parse_layout_file(read_file(fs, path, _MAX_LAYOUT_NBYTES), path)
+    known = parse_layout_file(read_file(fs, absolute(path), _MAX_LAYOUT_NBYTES), path)
     names = [tensor.name for tensor in contents.tensors]
     unused = known.unused(names)
     if unused:
@@ -120,10 +120,12 @@ def _by_file(fs: FileSystem, contents: Contents, path: str, ranks: int | None, o
 
 
 def _by_strategy(fs: FileSystem, contents: Contents, path: str, ranks: int | None, once: bool) -> recut.Cut:
-    known = load_strategy(path, filesystem=fs)
+    known = load_strategy(absolute(path), filesystem=fs)
+    if ranks not in (None, known.nranks):
+        raise ConfigError(f"--ranks says {ranks}, but {path} is for {known.nranks} ranks: leave --ranks out", path=path)
     here = {tensor.name for tensor in contents.tensors}
     # A strategy of the training names optimizer states that a checkpoint for inference may lack.
     layouts: dict[str, tuple[Layout, ...]] = {name: known.layouts(name) for name in known.names if name in here}
     if not layouts:
         raise ConfigError(f"{path} names none of the tensors of this checkpoint", path=path)
-    return recut.by_layout(contents, layouts, ranks or known.nranks, once=once, first_rank=known.ranks.start)
+    return recut.by_layout(contents, layouts, known.nranks, once=once, first_rank=known.ranks.start)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from parckpt.cli.failure import guarded
-from parckpt.cli.ls import checkpoint_row
-from parckpt.cli.options import STALE_S, DebugOption, DirectoryArgument, JsonOption, PrefixOption
+from parckpt.cli.ls import checkpoint_row, state_text, unreadable_status
+from parckpt.cli.options import STALE_S, DebugOption, DirectoryArgument, JsonOption, PrefixOption, absolute
 from parckpt.cli.output import age, count, emit, line, moment, size, table
 from parckpt.comm.wait import SystemClock
 from parckpt.engine.catalog import Found, scan
@@ -32,26 +31,26 @@ def status(
     prefix: PrefixOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
-) -> None:
+) -> int:
     """Show who is at work in a directory and what a restart would find.
 
     For each prefix: who holds the lock (alive? last heard of?), the newest checkpoint, what the run file says. Then
     what interrupted saves left, with what the next start of that prefix will do with each, and the free space.
 
-    Takes no lock and changes nothing.
+    Takes no lock and changes nothing. Exit status 6, or 10, if something was unreadable.
     """
     del debug
     fs = PosixFileSystem()
-    path = os.path.abspath(directory)
+    path = absolute(directory)
     now = SystemClock().wall()
-    published = scan(fs, path)
+    published = scan(fs, path, tolerant=True)
     holders = {name: holder for name in find_locks(fs, path) if (holder := holder_of(fs, path, name, now, STALE_S))}
     left = debris(
         fs,
         path,
         lambda stem, family: any(h.replaceable is None and owns(h.prefix, stem, family) for h in holders.values()),
     )
-    content = {
+    content: dict[str, Any] = {
         "directory": path,
         "free_nbytes": fs.free_nbytes(path),
         "prefixes": _prefixes(fs, path, published, holders, prefix),
@@ -62,6 +61,7 @@ def status(
         emit(content)
     else:
         _print(content)
+    return unreadable_status([row for prefix_row in content["prefixes"] for row in prefix_row["unreadable"]])
 
 
 def _prefixes(
@@ -91,6 +91,7 @@ def _prefix_row(
         "nbytes": sum(row["nbytes"] or 0 for row in rows),
         "newest": usable[0] if usable else None,
         "pinned": [row["name"] for row in rows if row["pinned"]],
+        "unreadable": [row for row in rows if row["state"] == "unreadable"],
         "lock": holder_row(holder) if holder is not None else None,
         "run_file": {"state": "unreadable"} if run is None else dict(run) or None,
     }
@@ -146,7 +147,8 @@ def _print(content: dict[str, Any]) -> None:
         line("nothing of parckpt's is here" if not content["debris"] else "no checkpoints are here")
     if content["foreign"]:
         line("")
-        line(f"{content['foreign']} without a manifest (parckpt ls lists them); a restart does not consider those")
+        what = f"{content['foreign']} without a manifest, or renamed"
+        line(f"{what} (parckpt ls lists them); a restart does not consider those")
     if content["debris"]:
         line("")
         table(
@@ -172,6 +174,8 @@ def _print_prefix(row: dict[str, Any]) -> None:
         line("  newest  none that could be restored")
     if row["pinned"]:
         line(f"  pinned  {', '.join(row['pinned'])}")
+    for one in row["unreadable"]:
+        line(f"  {one['name']}: {state_text(one)}", "bold red")
     _print_lock(row["lock"])
     run = row["run_file"]
     if run is not None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
 import typer
 
 from parckpt.cli.failure import guarded
-from parckpt.cli.options import STALE_S, DebugOption, DirectoryArgument, JsonOption
+from parckpt.cli.options import STALE_S, DebugOption, DirectoryArgument, JsonOption, absolute
 from parckpt.cli.output import age, emit, line
 from parckpt.cli.status import holder_row, holder_text
 from parckpt.comm.wait import SystemClock
@@ -43,7 +42,7 @@ def unlock(
     """
     del debug
     fs = PosixFileSystem()
-    path = os.path.abspath(directory)
+    path = absolute(directory)
     holder = _holder(fs, path, prefix)
     if holder is None:
         if as_json:

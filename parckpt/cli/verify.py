@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from parckpt.cli.failure import DAMAGED, UNVERIFIED, guarded, status_of_code
-from parckpt.cli.options import DebugOption, JsonOption, PrefixOption
+from parckpt.cli.options import DebugOption, JsonOption, PrefixOption, absolute
 from parckpt.cli.output import count, emit, line, progress_bar, size
 from parckpt.core import naming
 from parckpt.engine.catalog import Found, find_at, scan
@@ -50,8 +50,8 @@ def verify(
     """
     del debug
     fs = PosixFileSystem()
-    absolute = os.path.abspath(path)
-    jobs = _jobs(fs, absolute, prefix)
+    place = absolute(path)
+    jobs = _jobs(fs, place, prefix)
     started = time.monotonic()
     reports: list[Report] = []
     gone: list[str] = []
@@ -66,7 +66,7 @@ def verify(
     seconds = time.monotonic() - started
     status = _status(reports)
     if as_json:
-        emit(_content(absolute, reports, gone, seconds, status))
+        emit(_content(place, reports, gone, seconds, status))
     else:
         for report in reports:
             _print(report)
@@ -85,9 +85,11 @@ def _jobs(fs: FileSystem, path: str, prefix: str | None) -> list[Found | Foreign
     rank_0 = os.path.join(path, naming.rank_directory(0))
     if not stat.is_dir or try_stat(fs, rank_0) is not None:
         return [Foreign(os.path.basename(path), path, stat.is_dir, 0, total_nbytes(fs, path), stat.mtime)]
-    published = scan(fs, path)
+    published = scan(fs, path, tolerant=True)
     foreign = [e for e in foreign_entries(fs, path, published) if prefix is None or owns(prefix, e.stem)]
-    jobs: list[Found | Foreign] = [*(scan(fs, path, prefix) if prefix is not None else published), *foreign]
+    jobs: list[Found | Foreign] = [*(scan(fs, path, prefix, tolerant=True) if prefix is not None else published)]
+    # What was renamed has a manifest to verify it by.
+    jobs += [(find_at(fs, entry.path) if entry.renamed is not None else None) or entry for entry in foreign]
     if not jobs:
         raise CheckpointNotFoundError(f"there are no checkpoints in {path}", path=path)
     return jobs

@@ -82,7 +82,9 @@ class Found:
         return self.facts.token if self.facts else ""
 
 
-def scan(fs: FileSystem, directory: str, family: str | None = None, *, any_name: bool = False) -> list[Found]:
+def scan(
+    fs: FileSystem, directory: str, family: str | None = None, *, any_name: bool = False, tolerant: bool = False
+) -> list[Found]:
     """List the published checkpoints of a directory, newest first; those with unreadable manifests come last.
 
     Parameters
@@ -91,15 +93,18 @@ def scan(fs: FileSystem, directory: str, family: str | None = None, *, any_name:
         Only those whose prefix the user gave as this (numbered prefixes included), as their manifests say.
     any_name : bool
         The family's names are of the program's own choice: what is damaged may be of it, whatever it is called.
+    tolerant : bool
+        List what the file system refuses to read with its StorageError. Only for people who look: nothing may be
+        chosen or deleted by such a list, in which the newest one may be among those.
 
     Raises
     ------
     StorageError
-        If the directory, or something in it, cannot be read: never taken for "nothing there".
+        If the directory, or (unless `tolerant`) something in it, cannot be read: never taken for "nothing there".
     """
     names = fs.listdir(directory)
-    found = [*_directories(fs, directory, names), *_single_files(fs, directory, names)]
-    found = [_with_mark(fs, directory, one, names) for one in found if _belongs(one, family, any_name)]
+    found = [*_directories(fs, directory, names, tolerant), *_single_files(fs, directory, names, tolerant)]
+    found = [_with_mark(fs, directory, one, names, tolerant) for one in found if _belongs(one, family, any_name)]
     return newest_first(found)
 
 
@@ -118,7 +123,7 @@ def find_at(fs: FileSystem, path: str) -> Found | None:
         return _directory(fs, directory, name) if try_stat(fs, manifest) is not None else None
     stem = os.path.splitext(name)[0]
     manifests = [n for n in fs.listdir(directory) if manifest_stem(n) == stem]
-    found = [one for one in _single_files(fs, directory, [*manifests, name]) if one.path.endswith(name)]
+    found = [one for one in _single_files(fs, directory, [*manifests, name], False) if one.path.endswith(name)]
     return found[0] if found else None
 
 
@@ -169,19 +174,32 @@ def manifest_stem(name: str) -> str | None:
     return parts[0] if all(c in "0123456789abcdef" for c in parts[1]) else None
 
 
-def _directories(fs: FileSystem, directory: str, names: Iterable[str]) -> list[Found]:
+def _directories(fs: FileSystem, directory: str, names: Iterable[str], tolerant: bool) -> list[Found]:
     found: list[Found] = []
     for name, stem in _possible_directories(names):
         path = os.path.join(directory, name)
-        stat = try_stat(fs, path)
-        if stat is None or not stat.is_dir:
-            continue
-        by_prefix = naming.parse_stem(stem) is not None
-        if by_prefix or _has(fs, path, naming.MANIFEST):
-            one = _directory(fs, directory, name, stem)
-            if by_prefix or _is_named_so(fs, one):
-                found.append(one)
+        try:
+            one = _published_directory(fs, directory, name, stem)
+        except StorageError as error:
+            if not tolerant:
+                raise
+            one = Found(path, os.path.join(path, naming.MANIFEST), path, stem, None, error)
+        if one is not None:
+            found.append(one)
     return found
+
+
+def _published_directory(fs: FileSystem, directory: str, name: str, stem: str) -> Found | None:
+    path = os.path.join(directory, name)
+    stat = try_stat(fs, path)
+    if stat is None or not stat.is_dir:
+        return None
+    by_prefix = naming.parse_stem(stem) is not None
+    if by_prefix or _has(fs, path, naming.MANIFEST):
+        one = _directory(fs, directory, name, stem)
+        if by_prefix or _is_named_so(fs, one):
+            return one
+    return None
 
 
 def _possible_directories(names: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -241,7 +259,7 @@ def _directory(fs: FileSystem, directory: str, name: str, stem: str | None = Non
     return Found(path, manifest, path, stem or name, facts, error)
 
 
-def _single_files(fs: FileSystem, directory: str, names: Iterable[str]) -> list[Found]:
+def _single_files(fs: FileSystem, directory: str, names: Iterable[str], tolerant: bool) -> list[Found]:
     by_stem: dict[str, list[str]] = {}
     for name in names:
         stem = manifest_stem(name)
@@ -251,10 +269,18 @@ def _single_files(fs: FileSystem, directory: str, names: Iterable[str]) -> list[
     found: list[Found] = []
     for stem, manifests in by_stem.items():
         for extension in naming.EXTENSIONS.values():
-            if f"{stem}.{extension}" in present:
-                one = _single_file(fs, directory, stem, f"{stem}.{extension}", manifests)
-                if one is not None:
-                    found.append(one)
+            name = f"{stem}.{extension}"
+            if name not in present:
+                continue
+            try:
+                one = _single_file(fs, directory, stem, name, manifests)
+            except StorageError as error:
+                if not tolerant:
+                    raise
+                manifest = os.path.join(directory, manifests[0])
+                one = Found(os.path.join(directory, name), manifest, directory, stem, None, error)
+            if one is not None:
+                found.append(one)
     return found
 
 
@@ -361,13 +387,18 @@ def _read_facts_once(fs: FileSystem, manifest_path: str, kind: str) -> tuple[Fac
         raise
 
 
-def _with_mark(fs: FileSystem, directory: str, found: Found, names: Iterable[str]) -> Found:
+def _with_mark(fs: FileSystem, directory: str, found: Found, names: Iterable[str], tolerant: bool) -> Found:
     if found.facts is None:
         return found
     mark = f".{found.stem}.bad-{found.facts.token}"
     if mark not in names:
         return found
-    reason = read_file(fs, os.path.join(directory, mark), 1 << 20).decode("utf-8", "replace")
+    try:
+        reason = read_file(fs, os.path.join(directory, mark), 1 << 20).decode("utf-8", "replace")
+    except StorageError as error:
+        if not tolerant:
+            raise
+        reason = error.message
     return Found(found.path, found.manifest_path, found.root, found.stem, found.facts, found.error, reason or "damaged")
 
 

@@ -17,7 +17,7 @@ from parckpt.core.retention import Candidate, RetentionPolicy, Verdict
 from parckpt.engine.catalog import Found, newest_first
 from parckpt.engine.choosing import Request
 from parckpt.engine.keeper import candidate_of
-from parckpt.engine.survey import quick_problem
+from parckpt.engine.survey import is_unreadable, quick_problem
 from parckpt.errors import ConfigError, FormatError, UnsupportedVersionError
 from parckpt.storage.filesystem import FileSystem
 
@@ -107,6 +107,7 @@ def explain_family(
     now_s: float,
     run_file: Mapping[str, Any] | None = None,
     elsewhere: Sequence[Found] = (),
+    refused: Found | None = None,
 ) -> Explanation:
     """Explain one family of a directory. Not collective.
 
@@ -120,6 +121,8 @@ def explain_family(
         What the family's run file says.
     elsewhere : sequence of Found, optional
         Those of the family in the directories that the run went on to: a restore looks there, too.
+    refused : Found, optional
+        One of the directory, of whatever family, whose manifest the file system refuses to read: a restore fails.
 
     Raises
     ------
@@ -132,7 +135,7 @@ def explain_family(
     objections = {found.path: _objection(fs, found) for found in everything}
     restored = next((found for found in everything if objections[found.path] is None), None)
     too_new = next((found for found in everything if isinstance(found.error, UnsupportedVersionError)), None)
-    if too_new is not None:
+    if too_new is not None or refused is not None:
         restored = None  # a restore raises: nobody can tell whether that one is the newest
     own = [found for found in published if newest is not None and _is_of_run(found, newest)]
     latest = next((found.facts for found in everything if found.facts is not None), None)
@@ -151,7 +154,12 @@ def explain_family(
         own, policies = [found for found in everything if _is_of_run(found, latest)], read_policies(latest)
     due = _due(latest, own, policies.save) if latest is not None and policies.save is not None else ()
     return Explanation(
-        family, checkpoints, restored, _outcome(everything, restored, too_new, run_file, directory), policies, due
+        family,
+        checkpoints,
+        restored,
+        _outcome(everything, restored, refused, too_new, run_file, directory),
+        policies,
+        due,
     )
 
 
@@ -178,7 +186,8 @@ def _objection(fs: FileSystem, found: Found) -> str | None:
         return found.error.message if found.error is not None else "its manifest is unreadable"
     if found.set_aside is not None:
         return f"set aside: {found.set_aside}"
-    return Request().objection(found.facts) or quick_problem(fs, found)
+    problem = quick_problem(fs, found)
+    return Request().objection(found.facts) or (problem.message if problem is not None else None)
 
 
 def _restore(found: Found, restored: Found | None, objection: str | None, directory: str) -> str:
@@ -194,10 +203,13 @@ def _restore(found: Found, restored: Found | None, objection: str | None, direct
 def _outcome(
     published: Sequence[Found],
     restored: Found | None,
+    refused: Found | None,
     too_new: Found | None,
     run_file: Mapping[str, Any] | None,
     directory: str,
 ) -> str:
+    if refused is not None:
+        return f"fails: {os.path.relpath(refused.path, directory)} cannot be read, and may be the newest"
     if too_new is not None:
         return (
             f"fails: {os.path.relpath(too_new.path, directory)} was written by a newer parckpt, and may be the newest"
@@ -237,6 +249,8 @@ def _fate(
         present, future = verdicts
         return present.reason if present.keep else None, None if future.keep else future.reason
     facts = found.facts
+    if found.error is not None and is_unreadable(found.error):
+        return "unreadable: neither counted nor deleted", None
     if facts is None or newest is None:
         return "damaged: neither counted nor deleted", None
     if facts.reason == "save_checkpoint":

@@ -22,7 +22,11 @@ from parckpt.formats.safetensors import content_crc, file_crc
 from parckpt.storage.direct import InputFile
 from parckpt.storage.filesystem import FileSystem, try_stat
 
-__all__ = ["format_of", "index_file", "load_all", "open_foreign", "verify_crc", "without_checksums"]
+__all__ = ["cipher_of", "encrypted", "format_of", "index_file", "load_all", "open_foreign", "verify_crc"]
+__all__ += ["without_checksums"]
+
+# The first bytes of MindSpore's encrypted files.
+_CIPHERS = {b"\xd8\x5e\x3a\x7f": "AES-GCM", b"\xd9\x5e\x3a\x7f": "AES-CBC", b"\xda\x5e\x3a\x7f": "SM4-CBC"}
 
 
 def open_foreign(
@@ -99,9 +103,35 @@ def format_of(path: str) -> str:
 
 
 def index_file(fs: FileSystem, path: str, format_name: str | None = None) -> tuple[FileIndex, int]:
-    """Headers of a file, and its size. Kilobytes are read."""
+    """Headers of a file, and its size. Kilobytes are read.
+
+    Raises
+    ------
+    ConfigError
+        If it is encrypted, or has no extension of ours where no format is given.
+    FormatError
+    """
+    form = FORMATS[format_name or format_of(path)]
     with InputFile(fs, path, direct=False) as source:
-        return FORMATS[format_name or format_of(path)].read_index(source), source.nbytes
+        cipher = _cipher(source)
+        if cipher is not None:
+            raise ConfigError(encrypted(path, cipher), path=path)
+        return form.read_index(source), source.nbytes
+
+
+def cipher_of(fs: FileSystem, path: str) -> str | None:
+    """Cipher of an encrypted file of MindSpore's, told by its first bytes; None for any other file."""
+    with InputFile(fs, path, direct=False) as source:
+        return _cipher(source)
+
+
+def encrypted(path: str, cipher: str) -> str:
+    """What to say of an encrypted file, which is not damage."""
+    return f"{path} is encrypted with {cipher}: parckpt cannot read encrypted files yet"
+
+
+def _cipher(source: InputFile) -> str | None:
+    return _CIPHERS.get(bytes(source.read(0, 4))) if source.nbytes >= 4 else None
 
 
 def verify_crc(fs: FileSystem, path: str, index: FileIndex, *, required: bool = False) -> None:

@@ -13,7 +13,7 @@ from parckpt.core.retention import Candidate, RetentionPolicy, Verdict
 from parckpt.engine.catalog import Found, scan
 from parckpt.engine.deleting import remove_taken, take_away
 from parckpt.engine.keeper import candidate_of
-from parckpt.engine.survey import quick_problem
+from parckpt.engine.survey import is_unreadable, quick_problem
 from parckpt.errors import FormatError, NoSpaceError
 from parckpt.storage.filesystem import FileSystem
 from parckpt.storage.identity import identify
@@ -264,10 +264,12 @@ def _judge_run(
     problems: dict[str, str] = {}
     candidates: list[Candidate] = []
     for found in members:
-        problem = damaged.get(found.path) or quick_problem(fs, found)
+        seen = quick_problem(fs, found)
+        problem = damaged.get(found.path) or (seen.message if seen is not None else None)
         candidate = candidate_of(fs, directory, found)
         if problem is not None:
-            problems[found.path] = f"damaged: {problem}; neither counted nor deleted"
+            label = "unreadable" if seen is not None and is_unreadable(seen) else "damaged"
+            problems[found.path] = f"{label}: {problem}; neither counted nor deleted"
             candidate = replace(candidate, is_set_aside=True)
         candidates.append(candidate)
     judged = rule.judge(_stored_policy(members), candidates, now_s)

@@ -18,7 +18,16 @@ from parckpt.core.naming import parse_hidden
 from parckpt.engine.belonging import facts_of_hidden
 from parckpt.engine.catalog import Found, find_at, read_facts
 from parckpt.engine.sweep import judge, orphan_manifests
-from parckpt.errors import CheckpointNotFoundError, FormatError, ParckptError, StorageError
+from parckpt.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    FormatError,
+    IntegrityError,
+    ParckptError,
+    StorageError,
+    TruncatedError,
+    UnsupportedVersionError,
+)
 from parckpt.formats.registry import FORMATS
 from parckpt.storage.atomic import read_file
 from parckpt.storage.filesystem import FileSystem, try_stat
@@ -34,6 +43,7 @@ __all__ = [
     "debris",
     "foreign_entries",
     "holder_of",
+    "is_unreadable",
     "owns",
     "quick_problem",
     "run_files",
@@ -100,7 +110,13 @@ class Debris:
 
 @dataclass(frozen=True)
 class Foreign:
-    """A data file, or a directory of ``rank_<n>`` directories, without a manifest."""
+    """A data file, or a directory of ``rank_<n>`` directories, without a manifest, or with that of another name.
+
+    Attributes
+    ----------
+    renamed : str or None
+        What its manifest says of its name; None: there is no manifest.
+    """
 
     name: str
     path: str
@@ -108,6 +124,7 @@ class Foreign:
     files: int
     nbytes: int
     mtime: float
+    renamed: str | None = None
 
     @property
     def stem(self) -> str:
@@ -228,8 +245,7 @@ def _hidden_of(fs: FileSystem, directory: str, name: str, is_busy: Callable[[str
     assert parts is not None
     stem, kind, token = parts
     if kind == "bad":
-        standing = [find_at(fs, path) for path in _paths(fs, directory, stem)]
-        if any(one is not None and (one.facts is None or one.token == token) for one in standing):
+        if any(_is_marked(fs, path, token) for path in _paths(fs, directory, stem)):
             return None  # the mark of a checkpoint that is there: shown with it
         return _debris(fs, directory, name, "mark", stem, "remove", "the checkpoint it marked is gone")
     if is_busy(stem):
@@ -242,6 +258,15 @@ def _hidden_of(fs: FileSystem, directory: str, name: str, is_busy: Callable[[str
         return _debris(fs, directory, name, kind, stem, "restore", "valid: what was to replace it never took its name")
     reason = "its replacement is in place" if kind == "replaced" else "its deletion was interrupted"
     return _debris(fs, directory, name, kind, stem, "remove", reason)
+
+
+def _is_marked(fs: FileSystem, path: str, token: str) -> bool:
+    """Whether a mark with this token may be that of the checkpoint at a path."""
+    try:
+        found = find_at(fs, path)
+    except StorageError:
+        return True
+    return found is not None and (found.facts is None or found.token == token)
 
 
 def _paths(fs: FileSystem, directory: str, stem: str) -> Iterator[str]:
@@ -284,8 +309,21 @@ def foreign_entries(fs: FileSystem, directory: str, published: list[Found]) -> l
         files = [path] if is_data else _rank_files_or_none(fs, path) if stat is not None and stat.is_dir else []
         if stat is not None and files:
             nbytes = sum(total_nbytes(fs, file) for file in files)
-            entries.append(Foreign(name, path, stat.is_dir, len(files), nbytes, stat.mtime))
+            renamed = _renamed(fs, path) if stat.is_dir else None
+            entries.append(Foreign(name, path, stat.is_dir, len(files), nbytes, stat.mtime, renamed))
     return entries
+
+
+def _renamed(fs: FileSystem, path: str) -> str | None:
+    """Why a directory with a manifest does not count as a checkpoint."""
+    found = find_at(fs, path)
+    if found is None or found.facts is None:
+        return None
+    try:
+        naming.check_name(found.stem)
+    except ConfigError:
+        return f"no checkpoint can have this name; it was saved as {found.facts.stem!r}"
+    return f"it was saved as {found.facts.stem!r}"
 
 
 def _rank_files_or_none(fs: FileSystem, path: str) -> list[str]:
@@ -322,17 +360,17 @@ def data_files(fs: FileSystem, path: str) -> list[str]:
     return found
 
 
-def quick_problem(fs: FileSystem, found: Found) -> str | None:
+def quick_problem(fs: FileSystem, found: Found) -> ParckptError | None:
     """What can be seen to be wrong with a published checkpoint from its manifest's facts and its files' sizes."""
     if found.error is not None:
-        return found.error.message
+        return found.error
     facts = found.facts
     if facts is None:
-        return "its manifest is unreadable"
+        return IntegrityError("its manifest is unreadable", path=found.manifest_path)
     try:
         paths = _expected_files(fs, found, facts) if found.is_directory else [found.path]
     except StorageError as error:
-        return str(error)
+        return error
     total = 0
     missing: str | None = None
     for path in paths:
@@ -340,13 +378,18 @@ def quick_problem(fs: FileSystem, found: Found) -> str | None:
             total += fs.stat(path).nbytes
         except StorageError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                return str(error)
+                return error
             missing = missing or path
     if total == facts.nbytes:
         return None
     if missing is not None and facts.kind != "breakpoint":  # which may lack the files of dead ranks
-        return f"{os.path.relpath(missing, found.root)} is missing"
-    return f"its data has {total} bytes, its manifest says {facts.nbytes}"
+        return TruncatedError(f"{os.path.relpath(missing, found.root)} is missing", path=missing)
+    return TruncatedError(f"its data has {total} bytes, its manifest says {facts.nbytes}", path=found.path)
+
+
+def is_unreadable(error: ParckptError) -> bool:
+    """Whether an error proves no damage: refused by the file system, or of a newer version."""
+    return isinstance(error, (StorageError, UnsupportedVersionError))
 
 
 def _expected_files(fs: FileSystem, found: Found, facts: Facts) -> list[str]:

@@ -9,13 +9,9 @@ from parckpt.engine import foreign, notyet, parts
 from parckpt.engine.catalog import Found, find_at, load_manifest, scan
 from parckpt.engine.loadargs import Arguments
 from parckpt.errors import CheckpointNotFoundError, ConfigError, IntegrityError
-from parckpt.storage.direct import InputFile
 from parckpt.storage.filesystem import FileSystem, try_stat
 
 __all__ = ["Trust"]
-
-# The first bytes of MindSpore's encrypted files.
-_CIPHER_MAGICS = {b"\xd8\x5e\x3a\x7f": "AES-GCM", b"\xd9\x5e\x3a\x7f": "AES-CBC", b"\xda\x5e\x3a\x7f": "SM4-CBC"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +49,7 @@ class Trust:
 
     def _check_key(self, path: str) -> None:
         """A key for what is not encrypted, or none for what is, is a mistake to be told from damage."""
-        with InputFile(self.fs, path, direct=False) as source:
-            mode = _CIPHER_MAGICS.get(bytes(source.read(0, 4))) if source.nbytes >= 4 else None
+        mode = foreign.cipher_of(self.fs, path)
         if mode is not None:
             if self.arguments.dec_key is None:
                 raise ConfigError(f"{path} is encrypted with {mode}: pass dec_key and dec_mode={mode!r}", path=path)

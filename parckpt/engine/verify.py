@@ -19,17 +19,18 @@ from parckpt.core.contents import Contents, chunk_count
 from parckpt.core.layout import tiling_problem
 from parckpt.core.manifest import CHUNK_NBYTES, Manifest
 from parckpt.engine.catalog import MAX_MANIFEST_NBYTES, Found, manifest_stem, read_facts
-from parckpt.engine.foreign import index_file
+from parckpt.engine.foreign import cipher_of, encrypted, index_file
 from parckpt.engine.reading import ChunkReader, ChunkTask, names_within
 from parckpt.engine.storedcrc import StoredCrc
+from parckpt.engine.survey import is_unreadable
 from parckpt.errors import (
     CheckpointGoneError,
+    ConfigError,
     FormatError,
     IntegrityError,
     ParckptError,
     StorageError,
     TruncatedError,
-    UnsupportedVersionError,
 )
 from parckpt.formats.base import FileIndex
 from parckpt.storage.atomic import read_file
@@ -124,9 +125,8 @@ class Report:
         if not isinstance(error, (IntegrityError, FormatError, StorageError)):
             raise error
         facts = error.facts
-        proved = not isinstance(error, (StorageError, UnsupportedVersionError))
         tensors = tuple(facts.get("tensors", ()))
-        severity: Severity = "damage" if proved else "unreadable"
+        severity: Severity = "unreadable" if is_unreadable(error) else "damage"
         self.add(Finding(severity, error.code, str(facts.get("path", path)), str(error), facts.get("chunk"), tensors))
 
 
@@ -335,12 +335,16 @@ def _files_beside(fs: FileSystem, found: Found, expected: set[str]) -> Iterator[
 def _index(fs: FileSystem, path: str, form: str) -> tuple[FileIndex | None, ParckptError | None]:
     try:
         return index_file(fs, path, form)[0], None
-    except (FormatError, IntegrityError) as error:
+    except (ConfigError, FormatError, IntegrityError) as error:
         return None, error
 
 
 def _verify_foreign(fs: FileSystem, path: str, report: Report, on_read: OnRead) -> None:
     try:
+        cipher = cipher_of(fs, path)
+        if cipher is not None:
+            report.add(Finding("unreadable", ConfigError.code, path, encrypted(path, cipher)))
+            return
         index, nbytes = index_file(fs, path)
         report.format = index.format
         if not index.entries:

@@ -82,7 +82,7 @@ def test_usage_errors(call: Any) -> None:
 
 
 def test_unexpected_errors_are_one_line(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any) -> Any:
+    def broken(*args: Any, **options: Any) -> Any:
         raise ZeroDivisionError("who divides?\nby zero")
 
     monkeypatch.setattr("parckpt.cli.ls.scan", broken)
@@ -99,7 +99,7 @@ def test_unexpected_errors_are_one_line(call: Any, tmp_path: Path, monkeypatch: 
 def test_what_the_file_system_refuses(
     call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, status: int
 ) -> None:
-    def refuse(*args: Any) -> Any:
+    def refuse(*args: Any, **options: Any) -> Any:
         raise storage_error("listdir", str(tmp_path), code)
 
     monkeypatch.setattr("parckpt.cli.ls.scan", refuse)
@@ -109,7 +109,7 @@ def test_what_the_file_system_refuses(
 
 
 def test_interrupt(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: Any) -> Any:
+    def interrupt(*args: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("parckpt.cli.ls.scan", interrupt)
