@@ -10,16 +10,12 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from parckpt.callbacks import CallbackShape, RunContext
 from parckpt.comm.launch import resolve
 from parckpt.comm.wait import SystemClock, Waiter
-from parckpt.core import policyoptions
 from parckpt.core.clock import Clock
 from parckpt.core.config import CheckpointConfig
-from parckpt.core.manifest import Facts
-from parckpt.core.policy import Decision, History
+from parckpt.core.policy import Decision
 from parckpt.core.round import Action, Agreement, Call, Voice
 from parckpt.core.state import State, flatten
 from parckpt.core.strategy import Strategy
@@ -33,6 +29,7 @@ from parckpt.engine.progress import Progress
 from parckpt.engine.restorer import Request
 from parckpt.engine.rounds import compare_arguments, meet, peer_left, raise_mismatch
 from parckpt.engine.run import Prepared, Run
+from parckpt.engine.schedule import Schedule
 from parckpt.errors import (
     ConfigError,
     ConfigTypeError,
@@ -110,14 +107,11 @@ class ModelCheckpoint(CallbackShape):
         self.config = config.snapshot() if isinstance(config, CheckpointConfig) else CheckpointConfig()
         self._clock: Clock = clock if clock is not None else SystemClock()
         self._group = Group(resolve(comm, os.environ), Waiter(self.config.agree_timeout_s))
-        self._step = 0
-        self._history = History(0, self._clock.monotonic())
+        self._schedule = Schedule(self.config.save_policy, self._clock, steps_per_epoch)
         self._state: State | None = None
-        self._metrics: dict[str, float] = {}  # of the present step
         self._spoiled: list[str] = []
         self._failed_in_a_row = 0
         self._updating: int | None = None
-        self._steps_per_epoch = steps_per_epoch
         self._left = False  # all ranks have left together: what is left to do waits for nobody
         #: Path of the last published checkpoint; empty before the first.
         self.latest_ckpt_file_name = ""
@@ -132,7 +126,7 @@ class ModelCheckpoint(CallbackShape):
                 self.config,
                 names=names,
                 directory=home,
-                steps_per_epoch=steps_per_epoch,
+                schedule=self._schedule,
                 destination=lambda step: names.at(self._parameters_at(step)),
             )
         except BaseException:
@@ -265,7 +259,7 @@ class ModelCheckpoint(CallbackShape):
         except Exception as error:  # user code and checks before the first collective; the round carries the outcome
             prepared.error = error
         with deferred_interrupt():
-            agreed = self._round(Call.RESTORE, self._step, prepared)
+            agreed = self._round(Call.RESTORE, self._schedule.step, prepared)
             assert agreed.action is Action.RESTORE
             # What each rank names in its state may differ; which checkpoint is meant, and how strictly, may not.
             given = {"step": step, "path": request.path, "strict": strict, "cast": cast, "fallback": fallback}
@@ -279,9 +273,7 @@ class ModelCheckpoint(CallbackShape):
                 raise
             self._run.adopt(restored.facts)
             self._spoiled = []
-            self._step = restored.progress.step
-            self._metrics = {}
-            self._history = self._history_after(restored.facts)
+            self._schedule.restored(restored.progress.step, restored.facts)
         return restored.progress
 
     def _strategy(self, given: Strategy | str | os.PathLike[str] | None, has_path: bool) -> Strategy | None:
@@ -328,22 +320,20 @@ class ModelCheckpoint(CallbackShape):
                 if step is not None:
                     raise ConfigError("a run context tells the step: step= cannot be given with it", parameter="step")
                 state, step = self._from_loop(state)
-            before = self._step
             self._next_step(state, step, metrics() if callable(metrics) else metrics)
-            if before and self._step > before + 1:
-                self._run.warn_of_jump(self._step - before)
-            decision = self._decide(self._step)
+            self._run.warn_once("jump", self._schedule.lateness())
+            decision = self._schedule.decide()
             self.last_decision = decision
             due = decision.save and self._group.is_root
             if decision.save:
-                cause = self._cause(decision)
+                cause = self._schedule.cause(decision)
             # Every rank can count steps; the time is root's, so others wait for what it decides.
             if due or (decision.save and not decision.is_timed):
-                self._run.prepare(prepared, self._describe, self._step, cause)
+                self._run.prepare(prepared, self._describe, self._schedule.step, cause)
         except Exception as error:  # user code before the first collective; the round carries the outcome
             prepared.error = error
         with deferred_interrupt():
-            agreed = self._round(Call.STEP, self._step, prepared, due=due)
+            agreed = self._round(Call.STEP, self._schedule.step, prepared, due=due)
             if agreed.action is Action.SAVE:
                 self._save(prepared, agreed, cause)
             elif self.last_decision is not None and self.last_decision.save:
@@ -354,13 +344,13 @@ class ModelCheckpoint(CallbackShape):
         prepared = Prepared()
         cause = _ASKED_FOR
         try:
-            self._next_step(state, self._step if step is None else step)
-            cause = self._cause(Decision(True, "asked for", "save_now was called"))
-            self._run.prepare(prepared, self._describe, self._step, cause)
+            self._next_step(state, self._schedule.step if step is None else step)
+            cause = self._schedule.cause(Decision(True, "asked for", "save_now was called"))
+            self._run.prepare(prepared, self._describe, self._schedule.step, cause)
         except Exception as error:  # user code before the first collective; the round carries the outcome
             prepared.error = error
         with deferred_interrupt():
-            agreed = self._round(Call.SAVE, self._step, prepared)
+            agreed = self._round(Call.SAVE, self._schedule.step, prepared)
             assert agreed.action is Action.SAVE
             self._save(prepared, agreed, cause)
         return self.latest_ckpt_file_name
@@ -368,7 +358,7 @@ class ModelCheckpoint(CallbackShape):
     def poll(self) -> None:
         """Meet the other ranks without ending a step: in a long evaluation, say. Collective."""
         with deferred_interrupt():
-            self._round(Call.POLL, self._step, Prepared())
+            self._round(Call.POLL, self._schedule.step, Prepared())
 
     def need_checkpoint(self, step: int | None = None) -> bool:
         """Whether `step_end` would find a save due at a step. Collective; the same answer on all ranks.
@@ -380,17 +370,17 @@ class ModelCheckpoint(CallbackShape):
         """
         prepared, due = Prepared(), False
         try:
-            due = self._group.is_root and self._decide(self._step + 1 if step is None else step).save
-        except ParckptError as error:  # the round carries the outcome
+            due = self._group.is_root and self._schedule.decide(self._schedule.step + 1 if step is None else step).save
+        except Exception as error:  # the round carries the outcome
             prepared.error = error
         with deferred_interrupt():
             # A poll, so that ranks in other calls are met; nothing is saved.
-            return self._round(Call.POLL, self._step, prepared, due_at_end=due).due_at_end
+            return self._round(Call.POLL, self._schedule.step, prepared, due_at_end=due).due_at_end
 
     def wait(self) -> None:
         """Return when everything saved so far is published. Collective."""
         with deferred_interrupt():
-            self._round(Call.WAIT, self._step, Prepared())
+            self._round(Call.WAIT, self._schedule.step, Prepared())
 
     @contextmanager
     def updating(self, step: int) -> Iterator[None]:
@@ -507,7 +497,7 @@ class ModelCheckpoint(CallbackShape):
                 mishap = error
                 continue
             try:
-                agreed = self._round(Call.LEAVE, self._step, Prepared(), due_at_end=unsaved, by_error=failed)
+                agreed = self._round(Call.LEAVE, self._schedule.step, Prepared(), due_at_end=unsaved, by_error=failed)
             except TimeoutExpiredError:
                 raise
             except ParckptError as error:
@@ -525,26 +515,22 @@ class ModelCheckpoint(CallbackShape):
         if not agreed.due_at_end:
             return
         if agreed.first_step != agreed.last_step:
-            raise_mismatch(self._group, Call.LEAVE, self._step)
-        self._save(Prepared(), agreed, self._cause(self._decide(self._step, ending=True)))
+            raise_mismatch(self._group, Call.LEAVE, self._schedule.step)
+        self._save(Prepared(), agreed, self._schedule.cause(self._schedule.decide(ending=True)))
 
     def _has_unsaved(self) -> bool:
-        return self._decide(self._step, ending=True).save and self._state_or_none() is not None
+        return self._schedule.decide(ending=True).save and self._state_or_none() is not None
 
     def _save(self, prepared: Prepared, agreed: Agreement, cause: Cause) -> None:
         try:
-            saved = self._run.save(prepared, agreed, self._describe, self._step, cause)
+            saved = self._run.save(prepared, agreed, self._describe, self._schedule.step, cause)
         except ParckptError as error:
             self._save_failed(error)
             return
         self._failed_in_a_row = 0
         # Root's reason and root's schedule, on all ranks.
         self.last_decision = Decision(True, saved.reason, saved.detail)
-        self._history = (
-            replace(self._history, ephemeral_step=self._step)
-            if saved.ephemeral
-            else History(self._step, self._clock.monotonic())
-        )
+        self._schedule.saved(ephemeral=saved.ephemeral)
         self.latest_ckpt_file_name = saved.path
 
     def _save_failed(self, error: ParckptError) -> None:
@@ -564,54 +550,21 @@ class ModelCheckpoint(CallbackShape):
             )
         if self._updating is not None:
             raise ConfigError(f"the arrays are being changed: this call is inside updating({self._updating})")
-        number = self._step + 1 if step is None else step
-        if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
-            raise ConfigTypeError(f"step must be an int, not {type(number).__name__}")
-        if number < max(1, self._step):
-            raise ConfigError(f"step {number} after step {self._step}: steps are global, from 1, and do not go back")
-        given = policyoptions.check_metrics(metrics)
+        self._schedule.go_to(step, metrics)
         if state is not None:
             self._state = state
-        if number > self._step or metrics is not None:
-            self._metrics = given
-        self._step = int(number)
 
     def _from_loop(self, run_context: RunContext) -> tuple[State | None, int]:
         """The state and the step that a training loop's context stands for."""
-        now, step = self._follow(run_context, self._step)
-        before = step - now.step
-        if self._step < before:
-            # The loop begins with a later epoch: the steps before it are nobody's, so they make no save due.
-            self._step, self._history = before, replace(self._history, last_step=before)
-        if self._steps_per_epoch is None:
-            self._run.count_epochs(now.batch_num)
+        now, step = self._follow(run_context, self._schedule.step)
+        self._schedule.skip_to(step - now.step)
+        self._schedule.count_epochs(now.batch_num)
         return (now.network if self.config.saved_network is None else None), step
-
-    def _decide(self, step: int, *, ending: bool = False) -> Decision:
-        return self.config.save_policy.decide(
-            step,
-            self._clock.monotonic(),
-            self._history,
-            ending=ending,
-            steps_per_epoch=self._run.steps_per_epoch,
-        )
-
-    def _cause(self, decision: Decision) -> Cause:
-        return Cause(
-            decision.reason, decision.detail, decision.is_ephemeral, self._history.last_step, dict(self._metrics)
-        )
-
-    def _history_after(self, facts: Facts | None) -> History:
-        """Of a restored checkpoint; an ephemeral one did not count: the schedule goes on from the save before it."""
-        now = self._clock.monotonic()
-        if facts is None or not facts.ephemeral:
-            return History(self._step, now)
-        return History(min(facts.counted_step, self._step), now, ephemeral_step=self._step)
 
     def _parameters_at(self, step: int) -> Any:
         """What callable names get."""
         loop = None if self.loop is None else self.loop.parameters
-        return Parameters.at(step, self._run.steps_per_epoch, loop)
+        return Parameters.at(step, self._schedule.steps_per_epoch, loop)
 
     def _state_or_none(self) -> State | None:
         if self._state is not None:

@@ -27,6 +27,7 @@ from parckpt.engine.planning import Planned, check_replicas, make_plan, node_num
 from parckpt.engine.restorer import Restorer
 from parckpt.engine.rounds import compare_arguments
 from parckpt.engine.saver import Saved, Saver, Ticket
+from parckpt.engine.schedule import Schedule
 from parckpt.engine.staging import Modes
 from parckpt.errors import ConfigError, ConfigWarning, StateWarning, StorageError
 from parckpt.formats.registry import FORMATS
@@ -84,15 +85,14 @@ class Run:
         *,
         names: Names,
         directory: str,
-        steps_per_epoch: int | None,
+        schedule: Schedule,
         destination: Callable[[int], Destination],
     ) -> None:
         self.group, self.fs, self.clock, self.config = group, fs, clock, config
-        self.directory, self.steps_per_epoch = directory, steps_per_epoch
+        self.directory, self._schedule = directory, schedule
         self.planned: Planned | None = None
         self._names, self._destination = names, destination
         self._places: Places | None = None
-        self._same_epochs = True  # as far as this rank knows
         self._warned: set[str] = set()
         self._saved_step: int | None = None
         # Root: the highest sequence number ever begun. A failed save's is not used again, so neither is its token: what
@@ -145,11 +145,6 @@ class Run:
             retention=self.config.retention_policy,
         )
 
-    def count_epochs(self, steps_per_epoch: int) -> None:
-        """From now on an epoch has so many steps. Not collective: the next save takes root's word for it."""
-        if steps_per_epoch != self.steps_per_epoch:
-            self.steps_per_epoch, self._same_epochs = steps_per_epoch, False
-
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def prepare(self, prepared: Prepared, describe: Callable[[], LocalState], step: int, cause: Cause) -> None:
@@ -164,7 +159,8 @@ class Run:
 
     def _prepare(self, prepared: Prepared, describe: Callable[[], LocalState], step: int, cause: Cause) -> None:
         prepared.local = describe()
-        prepared.changed = self.planned is None or self.planned.digest != prepared.local.digest or not self._same_epochs
+        prepared.changed = self.planned is None or self.planned.digest != prepared.local.digest
+        prepared.changed |= not self._schedule.is_agreed
         if not self._names.are_fixed:
             prepared.destination = self._destination(step)
             prepared.changed = True  # all ranks have to compare what they are told
@@ -246,9 +242,9 @@ class Run:
         header: bytes | None = None
         if begun:
             facts = begun[0].facts
-            header = json.dumps([facts.prefix, facts.sequence, facts.stem, self.steps_per_epoch]).encode("utf-8")
-        prefix, sequence, stem, self.steps_per_epoch = json.loads(self.group.bcast(header))
-        self._same_epochs = True
+            header = json.dumps([facts.prefix, facts.sequence, facts.stem, facts.steps_per_epoch]).encode("utf-8")
+        prefix, sequence, stem, steps_per_epoch = json.loads(self.group.bcast(header))
+        self._schedule.agree_on(steps_per_epoch)
         self._lineage = replace(self._lineage, prefix=prefix, sequence=sequence - 1)
         name = None if name is None else stem
         prepared.ticket = begun[0] if begun else self._ticket(self._lineage, step, cause, name)
@@ -320,7 +316,7 @@ class Run:
         return ticket
 
     def _ticket(self, lineage: Lineage, step: int, cause: Cause, name: str | None = None) -> Ticket:
-        moment = Moment(step, self.steps_per_epoch, cause, self.clock.wall())
+        moment = Moment(step, self._schedule.steps_per_epoch, cause, self.clock.wall())
         return make_ticket(lineage, moment, self.config, self.group.size, name)
 
     def _taken(self, ticket: Ticket) -> tuple[bool, bool]:
@@ -356,34 +352,26 @@ class Run:
     def _warn_unchanged(self, before: int, step: int) -> None:
         assert self.planned is not None
         names = ", ".join(tensor.name for tensor in self.planned.tensors[:8])
-        if "unchanged" not in self._warned:
-            self._warned.add("unchanged")
-            self._warn(
-                f"no tensor has changed between steps {before} and {step} ({names}): were arrays rebound instead of "
-                "updated in place? Pass a callable that returns the current ones",
-                StateWarning,
-            )
-
-    def warn_of_jump(self, jump: int) -> None:
-        """Root, once: steps come so many at a time, and an interval of the policy is no multiple of that."""
-        rule = self.config.save_policy.uneven(jump, self.steps_per_epoch) if self.group.is_root else None
-        if rule is not None and "jump" not in self._warned:
-            self._warned.add("jump")
-            self._warn(
-                f"steps come {jump} at a time, and {rule} is no multiple of that: saves are made at the next step that "
-                "comes, later than asked for",
-                StateWarning,
-            )
+        self.warn_once(
+            "unchanged",
+            f"no tensor has changed between steps {before} and {step} ({names}): were arrays rebound instead of "
+            "updated in place? Pass a callable that returns the current ones",
+        )
 
     def _warn_unrated(self, facts: Facts) -> None:
         name = self.config.best_metric
-        if self.config.keep_best and name not in facts.metrics and "unrated" not in self._warned:
-            self._warned.add("unrated")
-            self._warn(
+        if self.config.keep_best and name not in facts.metrics:
+            self.warn_once(
+                "unrated",
                 f"step {facts.step} was saved without the metric {name!r}, so keep_best cannot keep it: hand "
                 f"metrics={{{name!r}: ...}} to step_end",
-                StateWarning,
             )
+
+    def warn_once(self, about: str, message: str | None) -> None:
+        """Root, the first time only: warn of how the run is used. Nothing for None."""
+        if message is not None and self.group.is_root and about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(message, StateWarning, stacklevel=4)
 
     # -- restoring ------------------------------------------------------------------------------------------------
 
@@ -439,9 +427,4 @@ class Run:
 
     def _warn_of_config(self) -> None:
         for message in self.config.warnings:
-            self._warn(message, ConfigWarning)
-
-    def _warn(self, message: str, category: type[Warning]) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, category, stacklevel=5)
+            warnings.warn(message, ConfigWarning, stacklevel=5)
