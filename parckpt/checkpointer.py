@@ -470,8 +470,7 @@ class ModelCheckpoint(CallbackShape):
             failed=prepared.error is not None,
             left_by_error=by_error,
             plan_changed=prepared.changed,
-            unprepared=prepared.failure is not None
-            or (prepared.ticket if self._group.is_root else prepared.local) is None,
+            unprepared=prepared.failure is not None or prepared.ticket is None,
         )
         agreed: Agreement | None = None
         try:

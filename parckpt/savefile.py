@@ -152,7 +152,8 @@ class _Saving:
                 check=lambda: locks[0].check(),
             )
             strings = _strings(local.flat) if self.form.name == "ckpt" else {}
-            settled = appended.settle({**strings, **arguments.append}, 0, 0)
+            # Appended values may be read by user code.
+            settled = self.group.run(lambda: appended.settle({**strings, **arguments.append}, 0, 0))
             ticket = Ticket(self._facts(stem, attempt, arguments.append), True, settled, arguments.marks)
             self._on_root(lambda: self._begin(directory, stem, attempt, locks, saver, planned, ticket))
             saver.save(local, planned, ticket)

@@ -29,7 +29,7 @@ from parckpt.engine.rounds import compare_arguments
 from parckpt.engine.saver import Saved, Saver, Ticket
 from parckpt.engine.schedule import Schedule
 from parckpt.engine.staging import Modes
-from parckpt.errors import ConfigError, ConfigWarning, StateWarning, StorageError
+from parckpt.errors import ConfigError, ConfigWarning, ParckptError, StateWarning, StorageError
 from parckpt.formats.registry import FORMATS
 from parckpt.storage.filesystem import FileSystem
 from parckpt.storage.identity import identify
@@ -50,7 +50,7 @@ class Prepared:
     destination : Destination or None
         Where it goes, if that was asked.
     ticket : Ticket or None
-        On root: a save that was begun on the guess that all agree.
+        What this rank writes by; on root: a save that was begun on the guess that all agree.
     changed : bool
         The plan or the name does not hold any more.
     error : Exception or None
@@ -164,7 +164,10 @@ class Run:
         if not self._names.are_fixed:
             prepared.destination = self._destination(step)
             prepared.changed = True  # all ranks have to compare what they are told
-        if prepared.changed or self._lineage.prefix is None or not self.group.is_root:
+        if prepared.changed or self._lineage.prefix is None:
+            return
+        if not self.group.is_root:
+            prepared.ticket = self._ticket(self._lineage, step, cause)
             return
         assert self.planned is not None
         if self._begun > self._lineage.sequence:
@@ -208,7 +211,8 @@ class Run:
         if agreed.plan_changed or agreed.unprepared or self._lineage.prefix is None:
             self.drop(prepared)
             self._prepare_together(prepared, describe, step, cause)
-        ticket = prepared.ticket or self._ticket(self._lineage, step, cause)
+        ticket = prepared.ticket
+        assert ticket is not None
         assert prepared.local is not None
         assert self.planned is not None
         saved = self._saver.save(prepared.local, self.planned, ticket)
@@ -247,7 +251,15 @@ class Run:
         self._schedule.agree_on(steps_per_epoch)
         self._lineage = replace(self._lineage, prefix=prefix, sequence=sequence - 1)
         name = None if name is None else stem
-        prepared.ticket = begun[0] if begun else self._ticket(self._lineage, step, cause, name)
+        try:
+            # Appended values may be read by user code, on every rank.
+            prepared.ticket = self.group.run(
+                lambda: begun[0] if begun else self._ticket(self._lineage, step, cause, name)
+            )
+        except ParckptError as problem:
+            for ticket in begun:
+                self._saver.reject(self._saver.staging(ticket), problem)
+            raise
 
     def _go_to(self, destination: Destination) -> None:
         """Save to where the program wants it, if all ranks say the same. Collective.

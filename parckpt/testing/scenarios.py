@@ -352,6 +352,32 @@ def a_leaf_cannot_be_read(comm: Communicator, directory: str) -> None:
 
 
 @_scene
+def an_appended_value_cannot_be_read(comm: Communicator, directory: str) -> None:
+    """On each rank in turn, while the plan is new and while it is known."""
+    failing = {0}
+
+    def read_into(out: Array) -> None:
+        if comm.rank in failing:
+            raise MemoryError("no room on the device")
+        out[...] = 7
+
+    append = {"seen": Leaf((2,), np.float32, read_into)}
+    with _checkpoint(comm, directory, steps=1, remove_redundancy=True, append_info=[append]) as ckpt:
+        for first in (1, 20):
+            for rank in range(comm.size):
+                failing.clear()
+                failing.add(rank)
+                before = _visible(directory)
+                step = first + rank
+                error = _same_everywhere(comm, lambda s=step: ckpt.step_end(_state(comm, s), s), RankError)  # type: ignore[misc]
+                _assert_in(error, "MemoryError: no room on the device", f"rank {rank}")
+                assert _visible(directory) == before
+            failing.clear()
+            ckpt.step_end(_state(comm, first + 10), first + 10)
+    _assert_restores(comm, directory, 30)
+
+
+@_scene
 def a_replica_check_cannot_read(comm: Communicator, directory: str) -> None:
     def read_into(out: Array) -> None:
         if comm.rank == 1:
