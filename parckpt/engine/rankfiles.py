@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 
 from parckpt.core import naming
 from parckpt.errors import CheckpointNotFoundError, ConfigError, FormatError
@@ -42,8 +43,11 @@ def rank_files(fs: FileSystem, path: str, *, partial: bool = False) -> dict[int,
     if not ranks:
         raise CheckpointNotFoundError(f"{path} has neither a manifest nor rank_<n> directories", path=path)
     if not partial and ranks != list(range(len(ranks))):
-        missing = sorted(set(range(ranks[-1])) - set(ranks))
-        raise FormatError(f"{path}: the directories of ranks {missing} are missing", path=path, field="rank")
+        there = set(ranks)
+        # Not all of them: the highest number is whatever somebody called a directory.
+        missing = list(islice((rank for rank in range(ranks[-1]) if rank not in there), 9))
+        shown = f"{', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}"
+        raise FormatError(f"{path}: the directories of ranks [{shown}] are missing", path=path, field="rank")
     listed = {rank: _listed(fs, os.path.join(path, naming.rank_directory(rank))) for rank in ranks}
     chosen = latest_of_all(listed)
     if chosen is None:

@@ -13,7 +13,7 @@ from parckpt.core.checks import count, text
 from parckpt.core.mesh import Layout
 from parckpt.core.redistribution import Cut
 from parckpt.core.strategy import Strategy, TensorStrategy
-from parckpt.errors import ConfigError, ConfigTypeError
+from parckpt.errors import ConfigError, ConfigTypeError, LayoutError
 from parckpt.storage.filesystem import FileSystem
 from parckpt.strategies import load_strategy
 
@@ -43,6 +43,8 @@ def strategy_of(parameter: str, given: StrategyLike, fs: FileSystem) -> Strategy
         The file is not there, or is none.
     ConfigTypeError
         For anything else.
+    LayoutError
+        A tensor's mesh is too large to be one, or its map uses axes that the mesh has not, or one twice.
     """
     if given is None:
         return None
@@ -59,7 +61,7 @@ def strategy_of(parameter: str, given: StrategyLike, fs: FileSystem) -> Strategy
         )
     if not found.tensors:
         raise ConfigError(f"{parameter}: the strategy names no tensors", parameter=parameter)
-    return replace(found, tensors={name: explicit(tensor) for name, tensor in found.tensors.items()})
+    return replace(found, tensors={name: explicit(_possible(name, one)) for name, one in found.tensors.items()})
 
 
 def tensor_strategy(name: str, given: Any) -> TensorStrategy:
@@ -70,15 +72,14 @@ def tensor_strategy(name: str, given: Any) -> TensorStrategy:
     given : TensorStrategy, Layout, sequence, or MindSpore's message
         A sequence begins with device matrix, tensor map, split shape and field, as MindSpore's layouts of a network.
     """
+    return _possible(name, _any_form(name, given))
+
+
+def _any_form(name: str, given: Any) -> TensorStrategy:
     if isinstance(given, TensorStrategy):
         return given
     if isinstance(given, Layout):
-        return TensorStrategy(
-            given.mesh_shape,
-            given.tensor_map,
-            opt_weight_shard_step=given.holder_stride if given.optimizer_parts > 1 else 0,
-            opt_weight_shard_size=given.optimizer_parts if given.optimizer_parts > 1 else 0,
-        )
+        return TensorStrategy.of(given, len(given.tensor_map))
     try:
         if isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
             return _of_sequence(given)
@@ -114,6 +115,15 @@ def _of_sequence(given: Sequence[Any]) -> TensorStrategy:
         opt_weight_shard_step=int(sharding[0]),
         opt_weight_shard_size=int(sharding[1]),
     )
+
+
+def _possible(name: str, tensor: TensorStrategy) -> TensorStrategy:
+    """The same; LayoutError, before anything is counted by it, if there can be no such mesh and map."""
+    try:
+        Layout(tensor.dev_matrix, None, tensor.tensor_map)
+    except LayoutError as error:
+        raise LayoutError(f"{name!r}: {error.message}", tensor=name) from error
+    return tensor
 
 
 def explicit(tensor: TensorStrategy) -> TensorStrategy:

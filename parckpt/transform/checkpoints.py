@@ -17,6 +17,7 @@ from parckpt.engine.staging import Modes
 from parckpt.errors import ConfigError, ConfigTypeError, LayoutError
 from parckpt.formats.registry import FORMATS
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem, try_stat
+from parckpt.strategies import name_of
 from parckpt.transform.arguments import StrategyLike, path_text, processes, safe_path, strategy_of
 from parckpt.transform.files import choose_files
 from parckpt.transform.outputs import Recut
@@ -105,6 +106,8 @@ def transform_checkpoints(
                 "src_checkpoints_dir": source_dir,
                 "dst_checkpoints_dir": target_dir,
                 "ckpt_prefix": ckpt_prefix,
+                "src_strategy_file": name_of(source),
+                "dst_strategy_file": name_of(target),
                 "output_format": output_format,
             },
         )

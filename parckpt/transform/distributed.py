@@ -10,14 +10,16 @@ from typing import Any
 
 from parckpt.comm.launch import launched_by
 from parckpt.core.checks import boolean, choice, decryption, mode, text
-from parckpt.core.netfill import complaints
 from parckpt.core.state import State
 from parckpt.core.strategy import Strategy
 from parckpt.engine import notyet
+from parckpt.engine.loading import complaints
+from parckpt.engine.rounds import compare_arguments
 from parckpt.engine.staging import Modes
 from parckpt.errors import ConfigError, ConfigTypeError, StateWarning
 from parckpt.netload import fill_net
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem, try_stat
+from parckpt.strategies import name_of
 from parckpt.transform.arguments import StrategyLike, path_text, processes, strategy_of
 from parckpt.transform.loading import Loading
 from parckpt.transform.outputs import Recut
@@ -94,6 +96,7 @@ def load_distributed_checkpoint(
     """
     fs = filesystem if filesystem is not None else PosixFileSystem()
     modes = Modes(file_mode, dir_mode)
+    writes = network is None and not return_param_dict
     said: list[str] = []
     with group_of(comm, agree_timeout_s) as group:
 
@@ -113,22 +116,36 @@ def load_distributed_checkpoint(
             else:
                 files = _check_files(fs, checkpoint_filenames)
                 notyet.refuse(enc_key=key)
-            if network is None and dst_safetensors_dir is None and not return_param_dict:
+            if writes and dst_safetensors_dir is None:
                 raise ConfigError(
                     "network and dst_safetensors_dir are both None: there is nowhere to load to", parameter="network"
                 )
             names = _check_name_map(name_map)
             predict = strategy_of("predict_strategy", predict_strategy, fs)
-            rank = _check_rank(rank_id, predict, network is None and not return_param_dict, comm is None)
+            rank = _check_rank(rank_id, predict, writes, comm is None)
             train = strategy_of("train_strategy_filename", train_strategy_filename, fs)
             if train is not None and files is not None and len(files) != train.nranks:
                 raise ConfigError(
                     f"the training strategy is for {train.nranks} devices, but there are {len(files)} files",
                     parameter="checkpoint_filenames",
                 )
-            return _Arguments(files, train, predict, rank, names)
+            target = path_text("dst_safetensors_dir", dst_safetensors_dir) if writes else None
+            return _Arguments(files, train, predict, rank, names, target)
 
         found = group.run(arguments)
+        # Which of its ways the call takes must be the same on all ranks, or they would wait in different ones.
+        compare_arguments(
+            group,
+            {
+                "network": "None" if network is None else "a state",
+                "format": format,
+                "predict_strategy": name_of(found.predict),
+                "train_strategy_filename": name_of(found.train),
+                "dst_safetensors_dir": found.target and os.path.abspath(found.target),
+                "output_format": output_format,
+                "return_param_dict": return_param_dict,
+            },
+        )
 
         def opening() -> Opened:
             if found.files is not None:
@@ -140,16 +157,15 @@ def load_distributed_checkpoint(
         recut = Recut(opened, found.train, found.predict)
         loading = Loading(group, fs, opened, recut, found.predict, found.rank, unified=found.files is None)
         said += loading.absent() if group.is_root else []
-        if network is None and not return_param_dict:
-            assert dst_safetensors_dir is not None
-            loading.write(os.path.abspath(path_text("dst_safetensors_dir", dst_safetensors_dir)), output_format, modes)
+        if found.target is not None:
+            loading.write(os.path.abspath(found.target), output_format, modes)
             result: Any = True
         else:
             arrays = group.run(lambda: loading.arrays(network))
             result = arrays
             if network is not None and not return_param_dict:
                 fill = fill_net(group, network, arrays, strict_load, False, alone=comm is None)
-                said += complaints(fill.param_not_load, fill.renamed)
+                said += complaints(group, fill.param_not_load, fill.renamed)
                 result = True if format == "ckpt" else (fill.param_not_load, fill.ckpt_not_load)
     for message in said:
         warnings.warn(message, StateWarning, stacklevel=2)
@@ -165,6 +181,7 @@ class _Arguments:
     predict: Strategy | None
     rank: int | None
     names: Mapping[str, str]
+    target: str | None
 
 
 def _names(strategy: Strategy | None) -> Sequence[str]:

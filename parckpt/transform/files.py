@@ -19,7 +19,7 @@ from parckpt.storage.filesystem import FileSystem, try_stat
 
 __all__ = ["choose_files", "rank_directories"]
 
-FORMATS = ("ckpt", "safetensors")
+_FORMATS = ("ckpt", "safetensors")
 
 # What MindSpore takes a suffix of numbers for: task, epoch and step; epoch and step; step.
 _SUFFIXES = ((r"_?\d+-\d+_\d+", "_"), (r"-?\d+_\d+", "-"), (r"_?\d+", "_"))
@@ -48,7 +48,7 @@ def choose_files(fs: FileSystem, directory: str, *, suffix: str | None = None) -
         Nothing is there, both formats are, or the choice is not clear.
     """
     stat = try_stat(fs, directory)
-    if stat is not None and not stat.is_dir and directory.endswith(FORMATS):
+    if stat is not None and not stat.is_dir and directory.endswith(_FORMATS):
         return {0: directory}, directory.rpartition(".")[2]
     listed = {rank: _listed(fs, path) for rank, path in rank_directories(fs, directory).items()}
     kinds = {os.path.splitext(name)[1][1:] for names in listed.values() for name in names}
@@ -84,7 +84,7 @@ def rank_directories(fs: FileSystem, directory: str) -> dict[int, str]:
 
 
 def _listed(fs: FileSystem, directory: str) -> list[str]:
-    extensions = tuple(f".{form}" for form in FORMATS)
+    extensions = tuple(f".{form}" for form in _FORMATS)
     names = [name for name in sorted(fs.listdir(directory)) if name.endswith(extensions) and not name.startswith(".")]
     return [name for name in names if not fs.stat(os.path.join(directory, name)).is_dir]
 

@@ -123,19 +123,14 @@ def load_segmented_checkpoints(
     ConfigError, ConfigTypeError
         The directory is not there or has no such files; two files differ in what both have.
     """
-    if not isinstance(ckpt_file_dir, str):
-        raise ConfigTypeError(
-            f"ckpt_file_dir must be a str, not {type(ckpt_file_dir).__name__}", parameter="ckpt_file_dir"
-        )
     fs = filesystem if filesystem is not None else PosixFileSystem()
-    stat = try_stat(fs, ckpt_file_dir)
-    if stat is None or not stat.is_dir:
-        raise ConfigError(f"{ckpt_file_dir} is not a directory", parameter="ckpt_file_dir")
-    names = [name for name in sorted(fs.listdir(ckpt_file_dir)) if name.endswith(".ckpt") and name[0] != "."]
-    if not names:
-        raise ConfigError(f"{ckpt_file_dir} holds no .ckpt files", parameter="ckpt_file_dir")
+    with group_of(comm, agree_timeout_s) as group:
+        names = group.run(lambda: _segments(fs, ckpt_file_dir))
+        # One load after the other is collective: ranks with fewer files would leave the others waiting.
+        compare_arguments(group, {"files in ckpt_file_dir": names, "net": "None" if net is None else "a state"})
     found: dict[str, Any] = {}
     origin: dict[str, str] = {}
+    differing: list[str] = []
     for name in names:
         loaded = load_checkpoint(
             os.path.join(ckpt_file_dir, name),
@@ -153,10 +148,25 @@ def load_segmented_checkpoints(
         )
         for entry, value in loaded.items():
             if entry in found and net is None and not _same(found[entry], value):
-                raise ConfigError(f"{entry!r} differs between {origin[entry]} and {name} in {ckpt_file_dir}")
+                differing.append(f"{entry!r} differs between {origin[entry]} and {name} in {ckpt_file_dir}")
             origin.setdefault(entry, name)
         found.update(loaded)
+    if differing:  # not before the last load: other ranks may be in it
+        raise ConfigError(differing[0])
     return found
+
+
+def _segments(fs: FileSystem, directory: Any) -> list[str]:
+    """Names of the files to load."""
+    if not isinstance(directory, str):
+        raise ConfigTypeError(f"ckpt_file_dir must be a str, not {type(directory).__name__}", parameter="ckpt_file_dir")
+    stat = try_stat(fs, directory)
+    if stat is None or not stat.is_dir:
+        raise ConfigError(f"{directory} is not a directory", parameter="ckpt_file_dir")
+    names = [name for name in sorted(fs.listdir(directory)) if name.endswith(".ckpt") and name[0] != "."]
+    if not names:
+        raise ConfigError(f"{directory} holds no .ckpt files", parameter="ckpt_file_dir")
+    return names
 
 
 def _same(a: Any, b: Any) -> bool:

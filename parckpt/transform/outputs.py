@@ -88,12 +88,14 @@ class Recut:
         ordered: dict[str, None] = {}
         for other in self.source_ranks(rank):
             ordered.update(dict.fromkeys(self._opened.names.get(other, ())))
-        for names in self._opened.names.values():
-            ordered.update((name, None) for name in names if self._is_cut(name))
+        ordered.update(self._cut_names)
         return [name for name in ordered if name in self._rows]
 
-    def _is_cut(self, name: str) -> bool:
-        return self._source is not None and name in self._source.stages
+    @cached_property
+    def _cut_names(self) -> Mapping[str, None]:
+        """In the order of all files; made once, as there may be thousands of ranks on both sides."""
+        cut = self._source.stages if self._source is not None else {}
+        return dict.fromkeys(name for names in self._opened.names.values() for name in names if name in cut)
 
     def _box(self, row: int, tensor: TensorStrategy | None, rank: int) -> Box:
         shape = self._opened.contents.tensors[row].global_shape

@@ -164,7 +164,8 @@ def open_files(
         refuse_maps(path, index)
         flagged |= "remove_redundancy" in index.metadata
         singles = [item for item in index.entries if _is_single(item, tensors)]
-        names[rank] = [item.name for item in index.entries if item not in singles]
+        single_names = {item.name for item in singles}
+        names[rank] = [item.name for item in index.entries if item.name not in single_names]
         with InputFile(fs, path, direct=False) as source:
             numbers[rank] = {item.name: _value(source, item) for item in singles}
     # A strategy of one pipeline stage speaks of its ranks from 0, wherever they begin in the job.

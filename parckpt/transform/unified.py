@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from parckpt.core.checks import boolean, count, mode, text
@@ -21,6 +22,7 @@ from parckpt.errors import ConfigError, ConfigTypeError
 from parckpt.formats.registry import FORMATS
 from parckpt.storage.atomic import replace_file
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem, try_stat
+from parckpt.strategies import name_of
 from parckpt.transform.arguments import StrategyLike, path_text, processes, strategy_of
 from parckpt.transform.files import choose_files
 from parckpt.transform.reading import TIMEOUT_S, Opened, group_of, open_files, open_published, share
@@ -108,7 +110,8 @@ def unified_safetensors(
             return os.path.abspath(source), os.path.abspath(target), strategy
 
         source, target, strategy = group.run(arguments)
-        compare_arguments(group, {"src_dir": source, "dst_dir": target, "split_dst_file": list(split_dst_file)})
+        given = {"src_dir": source, "dst_dir": target, "src_strategy_file": name_of(strategy)}
+        compare_arguments(group, {**given, "split_dst_file": list(split_dst_file), "part_nbytes": part_nbytes})
         opened = share(group, lambda: _open(fs, source, strategy, file_suffix, check))
         named = _choose(group, opened, strategy, choice_func)
         cut = frozenset(_named(opened, strategy))
@@ -165,6 +168,7 @@ def _choose(
         if not group.is_root:
             return None
         found: dict[str, str] = {}
+        taken: set[str] = set()
         for name in _tensors(opened, strategy):
             answer = True if choose is None else choose(name)
             if not isinstance(answer, (bool, str)):
@@ -172,10 +176,12 @@ def _choose(
                     f"choice_func must return a bool or a str, not {answer!r} for {name!r}", parameter="choice_func"
                 )
             new = answer if isinstance(answer, str) else name
-            if answer is not False and new in found.values():
+            if answer is False:
+                continue
+            if new in taken:
                 raise ConfigError(f"choice_func gives two tensors the name {new!r}", parameter="choice_func")
-            if answer is not False:
-                found[name] = new
+            found[name] = new
+            taken.add(new)
         if not found:
             raise ConfigError("no tensor is left to write", parameter="src_strategy_file")
         return json.dumps(list(found.items())).encode("utf-8")
@@ -213,12 +219,13 @@ class _Job:
         """Whether this call writes what there is one of."""
         return not self.share or self.share[0] == 1
 
+    @cached_property
     def _rows(self) -> Mapping[str, int]:
         rows = enumerate(self.opened.contents.tensors)
         return {row.name: number for number, row in rows if row.per_rank < 0}
 
     def _nbytes(self) -> dict[str, int]:
-        tensors, rows = self.opened.contents.tensors, self._rows()
+        tensors, rows = self.opened.contents.tensors, self._rows
         found = {name: tensors[rows[name]] for name, _ in self.named}
         return {name: math.prod(row.global_shape) * row.dtype.itemsize for name, row in found.items()}
 
@@ -271,7 +278,7 @@ class _Job:
         return [OutputSpec(path, tuple(self._piece(name, name) for name in names), numbers)]
 
     def _piece(self, name: str, new: str) -> Piece:
-        row = self._rows()[name]
+        row = self._rows[name]
         return Piece(new, row, whole(self.opened.contents.tensors[row].global_shape))
 
 

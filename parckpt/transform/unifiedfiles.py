@@ -71,7 +71,8 @@ def _in_order(
                 byte_offset=0,
                 field=absent[0],
             )
-        listed = [name for name in stored if name in set(listed)]
+        there = set(listed)
+        listed = [name for name in stored if name in there]
     back = {stored: own for own, stored in names.items()}
     rows = tuple(replace(row, name=back.get(row.name, row.name)) for row in opened.contents.tensors)
     if len({row.name for row in rows}) != len(rows):

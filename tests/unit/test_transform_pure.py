@@ -159,3 +159,19 @@ class TestMerge:
     def test_refusals(self, arguments: Any, kind: type[Exception], message: str) -> None:
         with pytest.raises(kind, match=message):
             merge_sliced_parameter(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (TensorStrategy((2, 2), (5, -1)), "axis 5 from the right does not exist"),
+        (TensorStrategy((2, 2), (5, -1), opt_weight_shard_step=1, opt_weight_shard_size=-1), "does not exist"),
+        (TensorStrategy((2, 2), (0, 0)), "uses a mesh axis twice"),
+        (TensorStrategy((1 << 31, 1 << 31), (1, 0)), "ranks is more than"),
+    ],
+)
+def test_impossible_strategies_are_refused_before_anything_is_counted(tensor: TensorStrategy, said: str) -> None:
+    with pytest.raises(LayoutError, match=said):
+        rank_list_for_transform(0, Strategy({"w": tensor}))
+    with pytest.raises(LayoutError, match=said):
+        merge_sliced_parameter([np.zeros((2, 2))] * 4, {"w": tensor})
