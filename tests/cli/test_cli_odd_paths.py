@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -196,31 +194,3 @@ def test_an_empty_path(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     done = call(*("SRC.ckpt" if word == "SRC" else word for word in words), "--json")
     assert (done.status, done.json["error"]["message"]) == (3, "a path is empty; the current directory is .")
     assert not list(tmp_path.glob("x*"))
-
-
-_INTERRUPTING = """
-import os, signal, sys
-class Finder:  # presses Ctrl-C when the first heavy import begins
-    def find_spec(self, name, path=None, target=None):
-        if name == {when!r}:
-            os.kill(os.getpid(), signal.SIGINT)
-signal.signal(signal.SIGINT, {handler})
-sys.meta_path.insert(0, Finder())
-sys.argv = ["parckpt", "--version"]
-from parckpt_command import main
-main()
-"""
-
-
-@pytest.mark.parametrize("when", ["parckpt", "numpy", "parckpt.cli.main"])
-def test_ctrl_c_while_it_starts(when: str) -> None:
-    code = _INTERRUPTING.format(when=when, handler="signal.default_int_handler")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
-
-
-def test_an_ignored_interrupt_stays_ignored() -> None:
-    code = _INTERRUPTING.format(when="numpy", handler="signal.SIG_IGN")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout) == (0, f"parckpt {parckpt.__version__}\n")
-    assert done.stderr == ""
