@@ -110,7 +110,6 @@ class Agreement:
 
 _MAXIMA = ("due", "due_at_end", "severity", "busy", "failed", "left_by_error", "plan_changed", "unprepared")
 NCALLS = len(Call)
-NVALUES = NCALLS + 4 + len(_MAXIMA)
 
 
 def pack(voice: Voice) -> npt.NDArray[np.int64]:

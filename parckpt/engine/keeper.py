@@ -21,7 +21,7 @@ from parckpt.engine.catalog import Found, find_at, scan
 from parckpt.engine.deleting import remove_taken, take_away
 from parckpt.engine.pins import is_pinned
 from parckpt.engine.staging import Modes
-from parckpt.engine.sweep import Swept, recover
+from parckpt.engine.sweep import recover
 from parckpt.errors import CheckpointNotFoundError, FileInTheWayError, LockedError, StorageError
 from parckpt.storage.atomic import read_file, replace_file
 from parckpt.storage.filesystem import FileSystem, opened, try_stat
@@ -93,7 +93,7 @@ class Keeper:
         self._cleaning: list[Future[None]] = []
         try:
             owner = Owner(family, lambda: is_alone(fs, directory, family, clock.wall(), stale_s))
-            self.swept: Swept = recover(fs, directory, owner, self.lock.check, modes)
+            recover(fs, directory, owner, self.lock.check, modes)
             self._drop_temporary_files()
             self.run_file: dict[str, Any] | None = self._read_run_file()
             self._heartbeat = Heartbeat(self.lock, stale_s / 4)
@@ -164,7 +164,7 @@ class Keeper:
             return None
         try:
             content = json.loads(read_file(self.fs, path, _MAX_RUN_NBYTES))
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
             log.warning("%s is damaged; it is taken as the trace of an earlier start that published", path)

@@ -144,7 +144,7 @@ def test_where_something_was_published_nothing_is_no_answer() -> None:
         keeper.nothing_found(required=False)
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe", b"{" * 2000])
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe", b"{" * 2000, b"[" * 60_000])
 def test_a_damaged_run_file_counts_as_published(content: bytes) -> None:
     disk = new_disk()
     write_file(disk, RUN, content)
