@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 from parckpt.core.checks import text
+from parckpt.core.netrules import GRADIENT_SUMS
 from parckpt.core.redundancy import mindspore_groups
 from parckpt.core.strategy import Strategy
 from parckpt.errors import ConfigError, ConfigTypeError, FormatError
@@ -28,7 +29,7 @@ __all__ = [
     "save_strategy",
 ]
 
-_NOT_OF_THE_MODEL = ("accu_grads", "inputs")
+_NOT_OF_THE_MODEL = (GRADIENT_SUMS, "inputs")
 
 
 def load_strategy(path: str | os.PathLike[str], *, filesystem: FileSystem | None = None) -> Strategy:

@@ -24,12 +24,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NoReturn
 
-from parckpt.core.mesh import Layout
+from parckpt.core.mesh import MESH_KEYS, Layout
 from parckpt.errors import ConfigError, ParckptError
 
 __all__ = ["LayoutFile", "parse_layout_file"]
 
-_MESH_KEYS = ("mesh_shape", "mesh_axes", "tensor_map", "shard_step", "shard_size", "first_rank")
 _STATE_KEYS = ("shape", "dtype", "repeat", "per_rank")
 
 
@@ -90,8 +89,8 @@ def _layout(value: Any, common: Mapping[str, Any], path: str, where: str) -> Lay
         return None  # a shape alone: whole on every rank
     if not isinstance(value, dict):
         _refuse(path, where, 'expected an object, such as {"tensor_map": [null, "model"]}')
-    _check_keys(value, (*_MESH_KEYS, *_STATE_KEYS), path, where)
-    own = {key: value[key] for key in _MESH_KEYS if key in value}
+    _check_keys(value, (*MESH_KEYS, *_STATE_KEYS), path, where)
+    own = {key: value[key] for key in MESH_KEYS if key in value}
     if not own:
         return None
     arguments = {**common, **own}

@@ -22,10 +22,13 @@ from parckpt.core.layout import Box
 from parckpt.core.leaves import Leaf, Shard, Spec
 from parckpt.errors import ConfigError, ConfigTypeError, LayoutError
 
-__all__ = ["AxisEntry", "Layout"]
+__all__ = ["MESH_KEYS", "AxisEntry", "Layout"]
 
 AxisEntry = int | str | None | Sequence[int | str]
 """What cuts one tensor dimension."""
+
+# What a file that describes layouts calls the parameters of `Layout`.
+MESH_KEYS = ("mesh_shape", "mesh_axes", "tensor_map", "shard_step", "shard_size", "first_rank")
 
 # A mesh is written down by people and by files that nobody vouches for; groups of ranks are made as arrays.
 _MAX_RANKS = 1 << 24

@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from parckpt.core.dtypes import DType
 
-__all__ = ["Pairing", "converts", "fits", "never", "not_loaded", "pair"]
+__all__ = ["GRADIENT_SUMS", "Pairing", "converts", "fits", "never", "not_loaded", "pair"]
 
 Pairing = Callable[[Sequence[str], Sequence[str]], Mapping[str, str]]
 
 _FLOATS = frozenset({"float16", "float32", "float64", "bfloat16"})
 _INTEGERS = frozenset({"int8", "int16", "int32", "int64", "int4"})  # signed only
-# Gradients accumulated so far: a network in training has them, and a file need not.
-_OPTIONAL_PREFIX = "accu_grads"
+# MindSpore's sums of gradients that a rank has not shared yet: a network in training has them, a file need not; they
+# differ between ranks, and no tool of MindSpore's keeps them.
+GRADIENT_SUMS = "accu_grads"
 
 
 def converts(stored: DType, wanted: DType) -> bool:
@@ -57,7 +58,7 @@ def pair(wanted: Sequence[str], stored: Sequence[str], *, strict: bool) -> dict[
     """
     present = set(stored)
     found = {name: name for name in wanted if name in present}
-    left = [name for name in wanted if name not in present and not name.startswith(_OPTIONAL_PREFIX)]
+    left = [name for name in wanted if name not in present and not name.startswith(GRADIENT_SUMS)]
     if strict or not left:
         return found
     endings = _Endings(stored)
@@ -73,7 +74,7 @@ def pair(wanted: Sequence[str], stored: Sequence[str], *, strict: bool) -> dict[
 
 def not_loaded(wanted: Iterable[str], pairs: Mapping[str, str]) -> list[str]:
     """Wanted names that nothing fills, but for those that need not be stored."""
-    return [name for name in wanted if name not in pairs and not name.startswith(_OPTIONAL_PREFIX)]
+    return [name for name in wanted if name not in pairs and not name.startswith(GRADIENT_SUMS)]
 
 
 class _Endings:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from parckpt.core import dtypes
 from parckpt.core.dtypes import DType
-from parckpt.core.mesh import Layout
+from parckpt.core.mesh import MESH_KEYS, Layout
 from parckpt.core.outline import Outline, OutlineTensor
 from parckpt.errors import ConfigError, LayoutError
 
@@ -22,8 +22,7 @@ _MAX_RANKS = 1 << 20
 _MAX_TENSORS = 1 << 20
 
 _JOB_KEYS = ("ranks", "dtype", "mesh_shape", "mesh_axes", "tensors")
-_MESH_KEYS = ("mesh_shape", "mesh_axes", "tensor_map", "shard_step", "shard_size", "first_rank")
-_TENSOR_KEYS = ("shape", "dtype", "repeat", "per_rank", *_MESH_KEYS)
+_TENSOR_KEYS = ("shape", "dtype", "repeat", "per_rank", *MESH_KEYS)
 
 
 def parse_outline(data: bytes, path: str) -> Outline:
@@ -103,7 +102,7 @@ def _tensors(
 def _layouts(
     job: Mapping[str, Any], one: Mapping[str, Any], read: _Reader, where: str, cache: dict[str, Layout]
 ) -> tuple[Layout, ...]:
-    given = {key: one[key] for key in _MESH_KEYS if key in one}
+    given = {key: one[key] for key in MESH_KEYS if key in one}
     if not given:
         return ()
     arguments = {**{key: job[key] for key in ("mesh_shape", "mesh_axes") if key in job}, **given}

@@ -21,6 +21,7 @@ from parckpt.core.crc import crc32
 from parckpt.core.layout import Box, tiling_problem, whole
 from parckpt.core.manifest import CHUNK_NBYTES, Facts, Manifest
 from parckpt.core.mesh import Layout
+from parckpt.core.netrules import GRADIENT_SUMS
 from parckpt.core.strategy import Strategy
 from parckpt.core.tensors import TensorRow
 from parckpt.errors import LayoutError
@@ -34,8 +35,6 @@ log = logging.getLogger("parckpt")
 
 # MindSpore's appended counters are facts of the run, not tensors of the model.
 _COUNTERS = ("epoch_num", "step_num")
-# Sums of gradients that a rank has not shared yet: they differ between ranks, and no tool of MindSpore's keeps them.
-_OWN_SUMS = "accu_grads"
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ class Assembly:
         if self._same(first, held):
             return
         own = self._has_strategy and math.prod(first.item.shape) == math.prod(held.item.shape) == 1
-        if own or held.item.name.startswith(_OWN_SUMS):
+        if own or held.item.name.startswith(GRADIENT_SUMS):
             self._unlike.setdefault(held.item.name, []).append(held.file.rank)
             return
         reason = "the strategy does not name it" if self._has_strategy else "without a layout nobody knows how they fit"
@@ -194,7 +193,7 @@ class Assembly:
         known = tensor.boxes.setdefault(box, held)
         if known is held or not self._check or self._same(known, held):
             return
-        if not item.name.startswith(_OWN_SUMS):
+        if not item.name.startswith(GRADIENT_SUMS):
             raise LayoutError(
                 f"{item.name!r} differs between {known.file.path} and {held.file.path}, which hold the same part of "
                 "it by the strategy",

@@ -9,6 +9,7 @@ from typing import Any
 
 from parckpt.comm.outcome import run_on_all
 from parckpt.core.checks import boolean, choice, mode, text
+from parckpt.core.netrules import GRADIENT_SUMS
 from parckpt.core.strategy import Strategy
 from parckpt.engine.group import Group
 from parckpt.engine.rewrite import OutputSpec, write_files
@@ -26,7 +27,7 @@ from parckpt.transform.reading import TIMEOUT_S, Opened, group_of, open_files, o
 __all__ = ["transform_checkpoint_by_rank", "transform_checkpoints"]
 
 # What MindSpore does not count when it decides whether a strategy is a part of another.
-_NOT_OF_THE_MODEL = ("accu_grads", "adam_v", "adam_m")
+_NOT_COMPARED = (GRADIENT_SUMS, "adam_v", "adam_m")
 
 
 def transform_checkpoints(
@@ -228,7 +229,7 @@ def _part(source: Strategy | None, target: Strategy | None) -> str:
     """``_part<stage>`` if the source is one stage of what the target names: its files get only a part of the model."""
     if source is None or target is None or source.is_merged or target.nstages > 1:
         return ""
-    ours, theirs = ({n for n in s.names if not n.startswith(_NOT_OF_THE_MODEL)} for s in (source, target))
+    ours, theirs = ({n for n in s.names if not n.startswith(_NOT_COMPARED)} for s in (source, target))
     return f"_part{source.stage}" if ours < theirs else ""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from parckpt.core.checks import boolean, count, mode, text
 from parckpt.core.layout import whole
+from parckpt.core.netrules import GRADIENT_SUMS
 from parckpt.core.strategy import Strategy
 from parckpt.engine.group import Group
 from parckpt.engine.keeper import make_directory
@@ -34,8 +35,6 @@ HYPER_PARAMETERS = "hyper_param.safetensors"
 
 PART_NBYTES = 3 << 30
 """Tensor bytes that decide the number of files, as in MindSpore; a single tensor may be larger."""
-
-_GRADIENTS = "accu_grads"
 
 
 def unified_safetensors(
@@ -193,7 +192,7 @@ def _tensors(opened: Opened, strategy: Strategy | None) -> list[str]:
     """What goes into the parts, in the order of the ranks' files."""
     named = _named(opened, strategy)
     ordered = dict.fromkeys(name for rank in sorted(opened.names) for name in opened.names[rank])
-    return [name for name in ordered if name in named and not name.startswith(_GRADIENTS)]
+    return [name for name in ordered if name in named and not name.startswith(GRADIENT_SUMS)]
 
 
 def _named(opened: Opened, strategy: Strategy | None) -> Collection[str]:
