@@ -218,7 +218,9 @@ class ModelCheckpoint(CallbackShape):
         atomic : bool
             Fill a second buffer first: a failed restore then leaves the arrays alone.
         min_step : int, optional
-            Refuse anything older: the protection against a rolled-back directory.
+            Protects against a rolled-back directory: the one to be taken (the newest that is whole, in the order of
+            saving) being of an older step is an error. Another one, as of a line that was given up, is never taken
+            instead.
         allow_inconsistent : bool
             Also take what is not known to be one step of all ranks.
         strategy : Strategy or str, optional
@@ -235,7 +237,7 @@ class ModelCheckpoint(CallbackShape):
         StateMismatchError
             Names, shapes or types do not fit; nothing was touched.
         CheckpointNotFoundError
-            Nothing was found where something was asked for or once was.
+            Nothing was found where something was asked for or once was, or what was found is before `min_step`.
         IntegrityError
             Everything found is damaged; each one's reason is in the message.
         """

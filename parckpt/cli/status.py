@@ -21,6 +21,7 @@ _FATES = {
     "publish": "will be published",
     "remove": "will be removed",
     "restore": "will be put back",
+    "keep": "stays",
     "in progress": "in progress",
 }
 
@@ -48,7 +49,9 @@ def status(
     left = debris(
         fs,
         path,
-        lambda stem, family: any(h.replaceable is None and owns(h.prefix, stem, family) for h in holders.values()),
+        lambda stem, family: any(
+            h.replaceable is None and (h.prefix == stem or owns(h.prefix, stem, family)) for h in holders.values()
+        ),
     )
     content: dict[str, Any] = {
         "directory": path,

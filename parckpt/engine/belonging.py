@@ -7,18 +7,23 @@ belongs to whoever is alone at work in the directory, since what it is part of m
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 from parckpt.core import naming
+from parckpt.core.clock import Clock
 from parckpt.core.manifest import Facts
 from parckpt.engine.catalog import find_at, manifest_stem, read_facts
-from parckpt.errors import StorageError
+from parckpt.errors import LockedError, StorageError
 from parckpt.storage.filesystem import FileSystem, try_stat
-from parckpt.storage.identity import identify
-from parckpt.storage.lock import find_locks, read_lock, why_replaceable
+from parckpt.storage.identity import Identity, identify
+from parckpt.storage.lock import Lock, find_locks, read_lock, why_replaceable
 
-__all__ = ["Owner", "facts_of_hidden", "is_alone"]
+__all__ = ["NAME_STALE_S", "Owner", "claimed", "facts_of_hidden", "is_alone"]
+
+NAME_STALE_S = 600.0
+"""Seconds without a heartbeat after which who has locked a single name, to make a checkpoint there, counts as gone."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,14 @@ class Owner:
         Whether nobody else is at work in the directory.
     one_name : bool
         Only what is called exactly like the family is ours, not what is made of it as a prefix.
+    claim : callable
+        Takes the lock of a stem for as long as its context lasts; gives False if somebody alive has it.
     """
 
     family: str
     alone: Callable[[], bool] = lambda: False
     one_name: bool = False
+    claim: Callable[[str], AbstractContextManager[bool]] = lambda stem: nullcontext(True)
 
     def owns(self, stem: str, facts: Facts | None) -> bool:
         """Whether what has this stem is ours to touch, as far as its facts are known."""
@@ -95,6 +103,21 @@ def facts_of_hidden(fs: FileSystem, directory: str, stem: str, kind: str, token:
         beside = (name for name in fs.listdir(directory) if manifest_stem(name) == stem and f".{token}." in name)
         facts = next((read_facts(fs, os.path.join(directory, name))[0] for name in beside), None)
     return facts
+
+
+@contextmanager
+def claimed(
+    fs: FileSystem, directory: str, stem: str, identity: Identity, clock: Clock, stale_s: float, mode: int
+) -> Iterator[bool]:
+    """Hold the lock of a name; gives False if somebody alive has it, who makes a checkpoint there."""
+    lock = None
+    with suppress(LockedError):
+        lock = Lock.acquire(fs, directory, stem, identity, clock, max(stale_s, NAME_STALE_S), mode=mode)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def is_alone(fs: FileSystem, directory: str, family: str, now: float, stale_s: float) -> bool:

@@ -62,8 +62,6 @@ class Request:
         """Why a checkpoint is not what was asked for."""
         if self.step is not None and facts.step != self.step:
             return f"it is of step {facts.step}, not of step {self.step}"
-        if self.min_step is not None and facts.step < self.min_step:
-            return f"step {facts.step} is before min_step={self.min_step}"
         if not facts.consistent and not self.allow_inconsistent:
             return "not known to be one step of all ranks (allow_inconsistent=True takes it)"
         return None
@@ -123,7 +121,8 @@ class Chooser:
         Raises
         ------
         CheckpointNotFoundError
-            What was asked for is not there, or something was published here and is gone.
+            What was asked for is not there, or something was published here and is gone; or the newest is before
+            `Request.min_step`: then the directory is not what the caller knows, and no other one of it will do.
         IntegrityError
             There are checkpoints, and all were passed over.
         UnsupportedVersionError, StorageError
@@ -223,7 +222,19 @@ class Chooser:
             manifest = load_manifest(self.fs, found)
         if objection := self.request.objection(manifest.facts):  # else only a path, which was not listed
             raise CheckpointNotFoundError(f"{found.path}: {objection}", path=found.path)
+        self._check_not_older(found.path, manifest.facts.step)
         return Candidate(found, manifest, is_foreign)
+
+    def _check_not_older(self, path: str, step: int) -> None:
+        least = self.request.min_step
+        if least is not None and step < least:
+            raise CheckpointNotFoundError(
+                f"{path}: step {step} is before min_step={least}, and no other is taken instead: was the directory "
+                f"rolled back?{self._reasons()}",
+                path=path,
+                step=step,
+                min_step=least,
+            )
 
     def _nothing_usable(self) -> ParckptError:
         return IntegrityError(

@@ -16,7 +16,7 @@ from parckpt.core import naming
 from parckpt.core.clock import Clock
 from parckpt.core.manifest import Facts
 from parckpt.core.retention import Candidate, RetentionPolicy
-from parckpt.engine.belonging import Owner, is_alone
+from parckpt.engine.belonging import Owner, claimed, is_alone
 from parckpt.engine.catalog import Found, find_at, scan
 from parckpt.engine.deleting import remove_taken, take_away
 from parckpt.engine.pins import is_pinned
@@ -92,7 +92,11 @@ class Keeper:
         self._cleaner = ThreadPoolExecutor(1, "parckpt-clean")
         self._cleaning: list[Future[None]] = []
         try:
-            owner = Owner(family, lambda: is_alone(fs, directory, family, clock.wall(), stale_s))
+            owner = Owner(
+                family,
+                lambda: is_alone(fs, directory, family, clock.wall(), stale_s),
+                claim=lambda stem: claimed(fs, directory, stem, identity, clock, stale_s, modes.file),
+            )
             recover(fs, directory, owner, self.lock.check, modes)
             self._drop_temporary_files()
             self.run_file: dict[str, Any] | None = self._read_run_file()

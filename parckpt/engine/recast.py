@@ -180,6 +180,7 @@ def _plan(source: Source, target: Target, files: Sequence[NewFile], token: str) 
         family=old.family if same else prefix,
         prefix=prefix,
         sequence=old.sequence if ours else 1,
+        generation=old.generation + ours,
         world_size=len(files),
         format=target.form.name,
         integrated=target.cut is None,

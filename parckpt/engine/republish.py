@@ -12,6 +12,7 @@ from parckpt.comm.wait import SystemClock
 from parckpt.core import naming
 from parckpt.core.clock import Clock
 from parckpt.core.manifest import Facts
+from parckpt.engine.belonging import NAME_STALE_S
 from parckpt.engine.catalog import Found, find_at
 from parckpt.engine.keeper import Heartbeat, make_directory
 from parckpt.engine.pins import pin_path
@@ -26,7 +27,6 @@ __all__ = ["Publisher"]
 
 log = logging.getLogger("parckpt")
 
-_LOCK_STALE_S = 600.0
 # Manifest, directories and the pages around files, generously.
 _SLACK_NBYTES = 1 << 20
 
@@ -86,13 +86,13 @@ class Publisher:
         identity = identify({}, secrets.token_hex(16))
         mode = self.staging.modes.file
         self._lock = Lock.acquire(
-            self.fs, self.directory, self.facts.stem, identity, self._clock, _LOCK_STALE_S, mode=mode
+            self.fs, self.directory, self.facts.stem, identity, self._clock, NAME_STALE_S, mode=mode
         )
         try:
             self._sweep()
             self._check_space()
             self._make_staging()
-            self._heartbeat = Heartbeat(self._lock, _LOCK_STALE_S / 4)
+            self._heartbeat = Heartbeat(self._lock, NAME_STALE_S / 4)
         except BaseException:
             self._leave()
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -53,7 +54,9 @@ __all__ = [
 _MAX_RUN_NBYTES = 1 << 16
 _EXTENSIONS = tuple(form.extension for form in FORMATS.values())
 
-Fate = Literal["publish", "remove", "restore", "in progress"]
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.temp-[0-9a-f]{16}", re.DOTALL)
+
+Fate = Literal["publish", "remove", "restore", "keep", "in progress"]
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,24 @@ def debris(fs: FileSystem, directory: str, is_busy: Callable[[str, str | None], 
         if ".run.temp-" in name or ".lock.aside-" in name or ".lock.temp-" in name:
             stem = name[1:].rsplit(".", 2)[0]
             found.append(_debris(fs, directory, name, "temporary", stem, "remove", "left by an interrupted start"))
+    found.extend(_half_written(fs, directory, names))
     return found
+
+
+def _half_written(fs: FileSystem, directory: str, names: list[str]) -> Iterator[Debris]:
+    """Files without a manifest that are being written, or never were to the end; nothing tells which."""
+    reason = "half written, of a file without a manifest: if nothing is writing that now, it can be deleted"
+    places = ["", *(name for name in names if naming.parse_rank_directory(name) is not None)]
+    for place in places:
+        try:
+            inner = fs.listdir(os.path.join(directory, place)) if place else names
+        except StorageError:
+            continue
+        for name in inner:
+            match = _TEMPORARY.fullmatch(name)
+            if match is not None and not match["name"].endswith((".run", ".lock")):
+                stem = os.path.splitext(match["name"])[0]
+                yield _debris(fs, directory, os.path.join(place, name), "temporary", stem, "keep", reason)
 
 
 def _facts_or_none(fs: FileSystem, manifest_path: str) -> Facts | None:
@@ -249,7 +269,7 @@ def _hidden_of(fs: FileSystem, directory: str, name: str, is_busy: Callable[[str
             return None  # the mark of a checkpoint that is there: shown with it
         return _debris(fs, directory, name, "mark", stem, "remove", "the checkpoint it marked is gone")
     if is_busy(stem):
-        return _debris(fs, directory, name, kind, stem, "in progress", "its run is alive")
+        return _debris(fs, directory, name, kind, stem, "in progress", "who works on it is alive")
     if kind == "staging":
         manifest, why = judge(fs, directory, stem, token)
         reason = "the save is complete, only its publishing was interrupted" if manifest is not None else why

@@ -9,7 +9,9 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from parckpt.core import naming
 from parckpt.core.manifest import Facts, Manifest, Plan, Record, assemble, coverage
@@ -27,6 +29,7 @@ from parckpt.engine.staging import Modes, Staging, discard
 from parckpt.errors import FormatError, IntegrityError, StorageError, UnsupportedVersionError
 from parckpt.storage.atomic import move_new, read_file, remove_tree
 from parckpt.storage.filesystem import FileSystem, try_stat
+from parckpt.storage.lock import find_locks
 
 __all__ = ["Swept", "finalize", "judge", "orphan_manifests", "recover"]
 
@@ -42,7 +45,7 @@ class Swept:
 
 
 def recover(fs: FileSystem, directory: str, owner: Owner, check: Callable[[], None], modes: Modes) -> Swept:
-    """Finalize what is complete and sweep the rest.
+    """Finalize what is complete and sweep the rest, but for names at which somebody else is making a checkpoint.
 
     Parameters
     ----------
@@ -51,12 +54,53 @@ def recover(fs: FileSystem, directory: str, owner: Owner, check: Callable[[], No
     check : callable
         Raises if the lock was lost; called before each publish.
     """
+    hidden = [
+        _Hidden(name, *parts)
+        for name in fs.listdir(directory)
+        if (parts := parse_hidden(name)) and owner.owns_hidden(fs, directory, *parts)
+    ]
+    stems = {one.stem for one in hidden if one.kind != "bad"} | {stem for _, stem in _orphans(fs, directory, owner)}
+    # And what is only locked: by a dead one, whose lock goes with the claim.
+    stems |= {name for name in find_locks(fs, directory) if name != owner.family and owner.owns(name, None)}
+    with ExitStack() as claims:
+        # Our own lock keeps out runs of the family; who rewrites has the lock of the new name alone.
+        ours = {stem for stem in sorted(stems) if stem == owner.family or claims.enter_context(owner.claim(stem))}
+        for stem in sorted(stems - ours):
+            log.info("left what is hidden of %s alone: it is being made from another checkpoint", stem)
+        # What was listed may have been completed since; at what is there now, nobody is at work.
+        names = set(fs.listdir(directory)) if stems else {one.name for one in hidden}
+        here = [one for one in hidden if one.name in names and (one.stem in ours or one.kind == "bad")]
+        swept = _settle(fs, directory, here, check, modes)
+        for name, stem in _orphans(fs, directory, owner) if ours else ():
+            if stem in ours:
+                fs.unlink(os.path.join(directory, name))
+                fs.sync_directory(directory)
+    for name in step_directories(fs, directory, naming.PLAN):
+        path = os.path.join(directory, name)
+        if owner.owns(name, None) or owner.facts_if_ours(fs, os.path.join(path, naming.MANIFEST), name):
+            _tidy(fs, path)
+    return swept
+
+
+class _Hidden(NamedTuple):
+    name: str
+    stem: str
+    kind: naming.Kind
+    token: str
+
+
+def _orphans(fs: FileSystem, directory: str, owner: Owner) -> list[tuple[str, str]]:
+    """Names and stems of our manifests without data."""
+    names = orphan_manifests(fs, directory, lambda path, stem: owner.facts_if_ours(fs, path, stem))
+    return [(name, manifest_stem(name) or "") for name in names]
+
+
+def _settle(
+    fs: FileSystem, directory: str, hidden: Sequence[_Hidden], check: Callable[[], None], modes: Modes
+) -> Swept:
+    """Publish, put back, or remove hidden entries that are ours."""
     published: list[str] = []
     removed: list[tuple[str, str]] = []
-    names = fs.listdir(directory)
-    hidden = [
-        (name, *parts) for name in names if (parts := parse_hidden(name)) and owner.owns_hidden(fs, directory, *parts)
-    ]
     for name, stem, kind, token in hidden:
         if kind == "staging":
             path = os.path.join(directory, name)
@@ -80,13 +124,6 @@ def recover(fs: FileSystem, directory: str, owner: Owner, check: Callable[[], No
             remove_tree(fs, path)
         elif kind == "bad" and not _names(fs, directory, stem, token):
             fs.unlink(path)
-    for name in orphan_manifests(fs, directory, lambda path, stem: owner.facts_if_ours(fs, path, stem)):
-        fs.unlink(os.path.join(directory, name))
-        fs.sync_directory(directory)
-    for name in step_directories(fs, directory, naming.PLAN):
-        path = os.path.join(directory, name)
-        if owner.owns(name, None) or owner.facts_if_ours(fs, os.path.join(path, naming.MANIFEST), name):
-            _tidy(fs, path)
     return Swept(tuple(published), tuple(removed))
 
 

@@ -17,8 +17,8 @@ from parckpt.checkpointer import ModelCheckpoint
 from parckpt.comm.base import Communicator
 from parckpt.core import naming
 from parckpt.errors import InternalError
-from parckpt.storage.filesystem import FileSystem
-from parckpt.storage.lock import break_lock
+from parckpt.storage.filesystem import FileSystem, try_stat
+from parckpt.storage.lock import break_lock, find_locks
 from parckpt.testing.filesystem import Call, FaultyFileSystem, MemoryFileSystem, SimulatedCrash
 from parckpt.testing.world import run_world
 
@@ -123,12 +123,15 @@ def abandon(run: ModelCheckpoint) -> None:
 
 @contextmanager
 def started(fs: FileSystem, mode: str, comm: Any = parckpt.SELF, **options: Any) -> Iterator[ModelCheckpoint]:
-    """A run that saves at each step. Its lock may be left of a dead run: of this same process, so it is broken first.
+    """A run that saves at each step. Locks may be left of a dead run: of this same process, so they are broken first.
 
     After a `SimulatedCrash` the run is abandoned as it stands.
     """
     if getattr(comm, "rank", 0) == 0:
-        break_lock(fs, DIRECTORY, PREFIX)
+        locks = find_locks(fs, DIRECTORY) if try_stat(fs, DIRECTORY) is not None else ()
+        for lock in locks:
+            if lock == PREFIX or naming.belongs(lock, PREFIX):
+                break_lock(fs, DIRECTORY, lock)
     prefix: Any = NAMED[mode][0] if mode in NAMED else PREFIX
     run = ModelCheckpoint(prefix, DIRECTORY, config(mode, **options), comm=comm, filesystem=fs, family=PREFIX)
     try:
@@ -209,9 +212,16 @@ def unexpected(fs: MemoryFileSystem) -> list[str]:
     """What is in the directory beside whole checkpoints and the run file, once a start has swept and a run has left.
 
     A record that a loss of power brought back into a published directory does no harm and is not searched for: 4,096
-    ranks would take a start too long.
+    ranks would take a start too long. Nor does what dying while the lock of a single name was taken or judged left:
+    who takes that lock the next time removes it.
     """
-    names = [name for name in fs.listdir(DIRECTORY) if name != naming.run_name(PREFIX)]
+    of_names = f".{PREFIX}-"
+    names = [
+        name
+        for name in fs.listdir(DIRECTORY)
+        if name != naming.run_name(PREFIX)
+        and not (name.startswith(of_names) and (".lock.temp-" in name or ".lock.aside-" in name))
+    ]
     endings = tuple(f".{extension}" for extension in naming.EXTENSIONS.values())
     steps = [name for name in names if not name.startswith(".") and fs.stat(os.path.join(DIRECTORY, name)).is_dir]
     data = [name.rpartition(".")[0] for name in names if name.endswith(endings)]

@@ -68,6 +68,28 @@ def test_replaced_trash_and_temporaries(call: Any, crashed: Callable[[str], Path
     assert "run-1_1" in os.listdir(directory)
 
 
+def test_a_file_that_was_not_written_to_the_end_is_told(call: Any, published: Path) -> None:
+    (published / "rank_3").mkdir()
+    names = [f".{'x' * 40}.safetensors.temp-{TOKEN}", f"rank_3/.x.ckpt.temp-{TOKEN}"]
+    for name in names:
+        (published / name).write_bytes(b"123")
+    (published / ".x.ckpt.temp-1").write_bytes(b"somebody's own")
+    left = call("status", published, "--json").json["debris"]
+    assert [(row["name"], row["kind"], row["fate"], row["nbytes"]) for row in left] == [
+        (name, "temporary", "keep", 3) for name in names
+    ]
+    assert "can be deleted" in call("status", published).out
+
+
+def test_what_is_being_rewritten_is_in_progress(call: Any, alive: tuple[Path, int]) -> None:
+    directory, _ = alive
+    (lock,) = directory.glob(".*.lock")
+    (staging,) = directory.glob(".*.staging-*")
+    # As a rewriting does: the name is locked, not the family.
+    os.rename(lock, directory / f"{staging.name.rsplit('.', 1)[0]}.lock")
+    assert _fates(call("status", directory, "--json").json) == {"staging": "in progress"}
+
+
 def test_orphan_manifest(call: Any, published: Path) -> None:
     (published / "one-2_1.ckpt").unlink()
     content = call("status", published, "--json").json

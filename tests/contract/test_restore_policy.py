@@ -225,11 +225,38 @@ def test_a_step_that_is_not_there_names_those_that_are() -> None:
 def test_min_step_refuses_what_is_older() -> None:
     disk = two_saves()
     assert attempt(disk, min_step=2)[0] == 2
-    with pytest.raises(IntegrityError, match="step 2 is before min_step=3") as caught:
+    with pytest.raises(CheckpointNotFoundError, match="step 2 is before min_step=3") as caught:
         attempt(disk, 2, min_step=3)
     assert caught.value.arrays_untouched
     with pytest.raises(CheckpointNotFoundError, match="at or after step 1"):
         attempt(new_disk(), min_step=1)
+
+
+def test_min_step_never_takes_an_abandoned_line_instead() -> None:
+    mode = "deduplicated"
+    disk = saved(new_disk(), mode, 2, [(6, 6), (12, 12)])
+
+    def branch(comm: Communicator, rank: int) -> None:
+        with saves.started(disk, mode, comm, keep_checkpoint_max=9) as run:
+            state = make_state(rank, 2)
+            assert run.restore(state, step=6).step == 6
+            fill(state, rank, 2, 70)
+            run.step_end(state, 7)
+
+    run_world(2, branch)
+    assert attempt(disk, min_step=7) == (7, 70, [])
+    with pytest.raises(CheckpointNotFoundError, match="step 7 is before min_step=9") as caught:
+        attempt(disk, 2, min_step=9)
+    assert caught.value.arrays_untouched
+    assert marks(disk) == []
+    # What is damaged is not the newest valid one.
+    disk.corrupt(data_of(disk, 7, 0), 5)
+    disk.corrupt(manifest_of(disk, 7), 30)
+    assert attempt(disk, 2, min_step=9)[:2] == (12, 12)
+    disk.corrupt(manifest_of(disk, 12), 30)
+    with pytest.raises(CheckpointNotFoundError, match="step 6 is before min_step=9") as caught:
+        attempt(disk, 2, min_step=9)
+    assert stem(12) in str(caught.value)
 
 
 @pytest.mark.parametrize("request_", [{"min_step": 3}, {"step": 1}])

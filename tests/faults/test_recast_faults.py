@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import pytest
 
+from parckpt import SELF, ModelCheckpoint
 from parckpt.comm.memory import Exchange, MemoryCommunicator
 from parckpt.comm.wait import Waiter
 from parckpt.core import recut
 from parckpt.core.layout import whole
+from parckpt.core.naming import parse_hidden
 from parckpt.engine.catalog import find_at
 from parckpt.engine.copying import copy_checkpoint, open_original
 from parckpt.engine.foreign import load_all
@@ -99,6 +102,15 @@ def tree(disk: MemoryFileSystem, path: str) -> dict[str, bytes]:
         inner = f"{path}/{name}"
         found.update(tree(disk, inner) if disk.stat(inner).is_dir else {inner: read_file(disk, inner, 1 << 20)})
     return found
+
+
+def start(disk: MemoryFileSystem) -> None:
+    """A run of the family starts where the new checkpoint is to be, and ends."""
+    ModelCheckpoint(PREFIX, NEW, comm=SELF, filesystem=disk).close()
+
+
+def hidden(disk: MemoryFileSystem) -> list[str]:
+    return [entry for entry in disk.listdir(NEW) if parse_hidden(entry) is not None]
 
 
 def originals(disk: MemoryFileSystem) -> Mapping[str, bytes]:
@@ -211,6 +223,58 @@ def test_dead_after_any_call(act: str, flags: bool) -> None:
             assert originals(left) == before
         if returned:
             assert n > 15
+            return
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new", "replaces"])
+@pytest.mark.parametrize("act", ["merge", "split", "copy a directory", "copy a file"])
+def test_a_run_that_starts_meanwhile_leaves_it_alone(act: str, again: bool) -> None:
+    run, name = ACTS[act]
+    base = make_disk(rename_flags=False)
+    if again:
+        run(base)
+    for n in itertools.count(1):
+        assert n < LIMIT
+        disk = base.crash(keep="all")
+        system = FaultyFileSystem(
+            disk,
+            only=CHANGES - {"open", "close", "allocate", "pwrite"},
+            on_call=lambda call, n=n, disk=disk: start(disk) if call.number == n else None,
+        )
+        run(system)
+        assert is_there(disk, name), f"start before call {n}"
+        assert hidden(disk) == []
+        assert [entry for entry in disk.listdir(NEW) if entry.endswith(".manifest")] == [
+            f"{STEM}.{found.token}.manifest" for found in [find_at(disk, f"{NEW}/{name}")] if not found.is_directory
+        ]
+        if system.count < n:
+            assert n > 15
+            return
+
+
+@pytest.mark.parametrize("act", ["merge", "split", "copy a directory"])
+def test_a_start_removes_what_a_dead_one_left_and_nothing_of_a_living_one(act: str) -> None:
+    run, name = ACTS[act]
+    base = make_disk(rename_flags=False)
+    swept = 0
+    for n in itertools.count(1):
+        assert n < LIMIT
+        disk = base.crash(keep="all")
+        system = FaultyFileSystem(disk, crash_at=n, only=CHANGES - {"open", "close", "allocate", "pwrite"})
+        with suppress(SimulatedCrash):
+            run(system)
+        before, is_held = hidden(disk), find_locks(disk, NEW) != []
+        start(disk)  # the holder is this very process, and alive
+        assert hidden(disk) == (before if is_held else [])
+        for lock in find_locks(disk, NEW):
+            break_lock(disk, NEW, lock)
+        start(disk)
+        assert hidden(disk) == []
+        assert find_locks(disk, NEW) == []
+        assert all(is_there(disk, entry) for entry in disk.listdir(NEW) if entry == name)
+        swept += bool(before)
+        if system.failed is None:
+            assert swept > 5
             return
 
 

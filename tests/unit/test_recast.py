@@ -102,6 +102,7 @@ def test_any_recast_is_the_same_checkpoint(mode: str, how: str) -> None:
         new, old = found.facts, source.facts
         assert new is not None
         assert new.token != old.token
+        assert new.generation == old.generation + 1
         same = ("run_id", "family", "prefix", "sequence", "step", "epoch", "parent", "created", "values", "kind")
         assert [getattr(new, one) for one in same] == [getattr(old, one) for one in same]
         assert (new.per_rank_values, new.append, new.world_size) == (old.per_rank_values, old.append, 2)
