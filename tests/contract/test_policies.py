@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Mapping
@@ -48,23 +49,23 @@ def train(
         clock = (clocks or {}).get(rank) or ManualClock()
         decisions = []
         config = parckpt.CheckpointConfig(**options)
-        ckpt = parckpt.ModelCheckpoint(
+        made = parckpt.ModelCheckpoint(
             "m", PLACE, config, comm=comm, steps_per_epoch=steps_per_epoch, clock=clock, filesystem=fs
         )
         weights = np.zeros(3)
-        if restore:
-            weights[:] = ckpt.restore({"w": weights}).step
-        for step in steps:
-            clock.advance(pace)
-            weights[:] = step
-            ckpt.step_end({"w": weights}, step, metrics=metrics(step, rank) if metrics else None)
-            assert ckpt.last_decision is not None
-            decisions.append(ckpt.last_decision)
-        if end:
-            ckpt.end()
-            assert ckpt.last_decision is not None
-            decisions.append(ckpt.last_decision)
-        ckpt.close()
+        with contextlib.closing(made) as ckpt:
+            if restore:
+                weights[:] = ckpt.restore({"w": weights}).step
+            for step in steps:
+                clock.advance(pace)
+                weights[:] = step
+                ckpt.step_end({"w": weights}, step, metrics=metrics(step, rank) if metrics else None)
+                assert ckpt.last_decision is not None
+                decisions.append(ckpt.last_decision)
+            if end:
+                ckpt.end()
+                assert ckpt.last_decision is not None
+                decisions.append(ckpt.last_decision)
         return decisions
 
     return run_world(size, rank_main)

@@ -25,7 +25,7 @@ SCENES = [
 ]
 
 
-@pytest.mark.parametrize("nranks", [2, 4])
+@pytest.mark.parametrize("nranks", [3])
 def test_scenes(mpi: Mpi, nranks: int, programs: Path, tmp_path: Path) -> None:
     args = [str(tmp_path), *SCENES]
     result = run(programs / "scenes.py", nranks, args, mpi=mpi, timeout_s=120, abort_on_error=True).check()
