@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from parckpt.comm.launch import SELF, resolve
-from parckpt.comm.wait import Waiter
+from parckpt.comm.wait import AGREE_TIMEOUT_S, Waiter
 from parckpt.core.state import State
 from parckpt.core.strategy import Strategy
 from parckpt.engine.group import Group
@@ -22,8 +22,6 @@ from parckpt.storage.filesystem import FileSystem, PosixFileSystem
 from parckpt.strategies import as_strategy, name_of
 
 __all__ = ["load_checkpoint"]
-
-_TIMEOUT_S = 1800.0
 
 
 def load_checkpoint(
@@ -42,7 +40,7 @@ def load_checkpoint(
     comm: Any = None,
     allow_unverified: bool | None = None,
     strategy: Strategy | str | os.PathLike[str] | None = None,
-    agree_timeout_s: float = _TIMEOUT_S,
+    agree_timeout_s: float = AGREE_TIMEOUT_S,
     filesystem: FileSystem | None = None,
 ) -> dict[str, Any]:
     """Load one file or step directory, ours or MindSpore's.

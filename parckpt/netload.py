@@ -12,7 +12,7 @@ import numpy as np
 
 from parckpt.comm.collective import bcast_bytes
 from parckpt.comm.launch import SELF, launched_by, resolve
-from parckpt.comm.wait import Waiter
+from parckpt.comm.wait import AGREE_TIMEOUT_S, Waiter
 from parckpt.core import checks
 from parckpt.core.flat import TensorLeaf
 from parckpt.core.netfill import Fill, check_entries, put
@@ -25,8 +25,6 @@ from parckpt.signals import deferred_interrupt
 
 __all__ = ["fill_net", "load_param_into_net"]
 
-_TIMEOUT_S = 1800.0
-
 
 def load_param_into_net(
     net: State,
@@ -35,7 +33,7 @@ def load_param_into_net(
     remove_redundancy: bool = False,
     *,
     comm: Any = None,
-    agree_timeout_s: float = _TIMEOUT_S,
+    agree_timeout_s: float = AGREE_TIMEOUT_S,
 ) -> tuple[list[str], list[str]]:
     """Fill a state in place from a dict of whole arrays, as `load_checkpoint` returns it.
 

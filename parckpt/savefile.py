@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from parckpt.comm.launch import SELF, launched_by, resolve
-from parckpt.comm.wait import SystemClock, Waiter
+from parckpt.comm.wait import AGREE_TIMEOUT_S, SystemClock, Waiter
 from parckpt.core import appended
 from parckpt.core.flat import FlatState
 from parckpt.core.manifest import Facts
@@ -33,7 +33,6 @@ from parckpt.storage.lock import Lock
 
 __all__ = ["save_checkpoint"]
 
-_TIMEOUT_S = 1800.0
 _LOCK_STALE_S = 600.0
 
 
@@ -57,7 +56,7 @@ def save_checkpoint(
     replica_check: bool = True,
     file_mode: int = 0o600,
     dir_mode: int = 0o700,
-    agree_timeout_s: float = _TIMEOUT_S,
+    agree_timeout_s: float = AGREE_TIMEOUT_S,
     filesystem: FileSystem | None = None,
     **unknown: Any,
 ) -> None:

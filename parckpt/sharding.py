@@ -9,17 +9,16 @@ import numpy as np
 
 from parckpt.comm.launch import resolve
 from parckpt.comm.outcome import run_on_all
-from parckpt.comm.wait import Waiter
+from parckpt.comm.wait import AGREE_TIMEOUT_S, Waiter
 from parckpt.core.leaves import Leaf, Shard, set_stacker
 from parckpt.core.shards import STACK_ROW, stack_row, stacked
 
 __all__ = ["stack"]
 
 # Ranks that start up come minutes apart on a big machine; CheckpointConfig's default for agreements.
-_TIMEOUT_S = 1800.0
 
 
-def stack(local: np.ndarray[Any, Any] | Leaf, comm: Any, axis: int = 0, *, timeout_s: float = _TIMEOUT_S) -> Shard:
+def stack(local: np.ndarray[Any, Any] | Leaf, comm: Any, axis: int = 0, *, timeout_s: float = AGREE_TIMEOUT_S) -> Shard:
     """Make this rank's Shard of the tensor that all ranks' pieces form when put one after the other along `axis`.
 
     Collective over `comm`; call from the thread that owns MPI. What it sends has a fixed size.

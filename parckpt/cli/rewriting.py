@@ -12,7 +12,7 @@ import typer
 from parckpt.cli.options import absolute
 from parckpt.cli.output import count, emit, line, progress_bar, size
 from parckpt.comm.launch import SELF, resolve
-from parckpt.comm.wait import Waiter
+from parckpt.comm.wait import AGREE_TIMEOUT_S, Waiter
 from parckpt.core import naming, recut
 from parckpt.core.strategy import Strategy
 from parckpt.engine import parts
@@ -45,7 +45,6 @@ __all__ = [
     "tell",
 ]
 
-_TIMEOUT_S = 1800.0
 
 SourceArgument: TypeAlias = Annotated[
     str,
@@ -192,7 +191,7 @@ def modes_of(fs: FileSystem, root: str, file: str) -> Modes:
 
 def alone() -> Group:
     """This process, as a group."""
-    return Group(resolve(SELF, os.environ), Waiter(_TIMEOUT_S))
+    return Group(resolve(SELF, os.environ), Waiter(AGREE_TIMEOUT_S))
 
 
 def run(

@@ -14,7 +14,10 @@ from parckpt.comm.base import Request
 from parckpt.core.clock import Clock
 from parckpt.errors import TimeoutExpiredError
 
-__all__ = ["SystemClock", "Waiter"]
+__all__ = ["AGREE_TIMEOUT_S", "SystemClock", "Waiter"]
+
+AGREE_TIMEOUT_S = 1800.0
+"""Seconds that functions wait for other ranks, unless they are told otherwise."""
 
 SPIN_S = 50e-6
 """An agreement of a few ranks takes 1 to 40 us when all are there: within that, sleeping would be the larger cost."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parckpt.comm.outcome import run_on_all
+from parckpt.comm.wait import AGREE_TIMEOUT_S
 from parckpt.core.checks import boolean, choice, mode, text
 from parckpt.core.netrules import GRADIENT_SUMS
 from parckpt.core.strategy import Strategy
@@ -22,7 +23,7 @@ from parckpt.strategies import name_of
 from parckpt.transform.arguments import StrategyLike, path_text, processes, safe_path, strategy_of
 from parckpt.transform.files import choose_files
 from parckpt.transform.outputs import Recut
-from parckpt.transform.reading import TIMEOUT_S, Opened, group_of, open_files, open_published, share
+from parckpt.transform.reading import Opened, group_of, open_files, open_published, share
 
 __all__ = ["transform_checkpoint_by_rank", "transform_checkpoints"]
 
@@ -43,7 +44,7 @@ def transform_checkpoints(
     check: bool = True,
     file_mode: int = 0o600,
     dir_mode: int = 0o700,
-    agree_timeout_s: float = TIMEOUT_S,
+    agree_timeout_s: float = AGREE_TIMEOUT_S,
     filesystem: FileSystem | None = None,
 ) -> None:
     """Cut the checkpoint of some ranks anew for others: ``<dst>/rank_<n>/<prefix><n>.<format>`` for each of them.
@@ -159,7 +160,7 @@ def transform_checkpoint_by_rank(
         files = {0: files[0]} if 0 in files else files
     form = save_checkpoint_file_name.rpartition(".")[2]
     path = os.path.abspath(save_checkpoint_file_name)
-    with group_of(None, TIMEOUT_S) as group:
+    with group_of(None, AGREE_TIMEOUT_S) as group:
         opened = share(
             group,
             lambda: open_files(job.fs, files, source, named=_names(target), check=check, complete=False),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parckpt.comm.launch import launched_by
+from parckpt.comm.wait import AGREE_TIMEOUT_S
 from parckpt.core.checks import boolean, choice, decryption, mode, text
 from parckpt.core.state import State
 from parckpt.core.strategy import Strategy
@@ -23,7 +24,7 @@ from parckpt.strategies import name_of
 from parckpt.transform.arguments import StrategyLike, path_text, processes, strategy_of
 from parckpt.transform.loading import Loading
 from parckpt.transform.outputs import Recut
-from parckpt.transform.reading import TIMEOUT_S, Opened, group_of, open_files, share
+from parckpt.transform.reading import Opened, group_of, open_files, share
 from parckpt.transform.unifiedfiles import open_unified
 
 __all__ = ["load_distributed_checkpoint"]
@@ -50,7 +51,7 @@ def load_distributed_checkpoint(
     check: bool = True,
     file_mode: int = 0o600,
     dir_mode: int = 0o700,
-    agree_timeout_s: float = TIMEOUT_S,
+    agree_timeout_s: float = AGREE_TIMEOUT_S,
     filesystem: FileSystem | None = None,
 ) -> Any:
     """Give each rank of a job its pieces of a checkpoint that other ranks, or `unified_safetensors`, wrote.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from parckpt.comm.launch import SELF, resolve
+from parckpt.comm.wait import AGREE_TIMEOUT_S
 from parckpt.core.checks import boolean, mode
 from parckpt.core.layout import whole
 from parckpt.core.manifest import Manifest
@@ -26,7 +27,7 @@ from parckpt.formats.registry import FORMATS
 from parckpt.loadfile import load_checkpoint
 from parckpt.storage.filesystem import FileSystem, PosixFileSystem, try_stat
 from parckpt.transform.arguments import path_text, processes
-from parckpt.transform.reading import TIMEOUT_S, group_of, refuse_maps
+from parckpt.transform.reading import group_of, refuse_maps
 
 __all__ = ["ckpt_to_safetensors", "load_segmented_checkpoints", "safetensors_to_ckpt"]
 
@@ -42,7 +43,7 @@ def ckpt_to_safetensors(
     check: bool = True,
     file_mode: int = 0o600,
     dir_mode: int = 0o700,
-    agree_timeout_s: float = TIMEOUT_S,
+    agree_timeout_s: float = AGREE_TIMEOUT_S,
     filesystem: FileSystem | None = None,
 ) -> None:
     """Write the content of ``.ckpt`` files as ``.safetensors`` files of the same names.
@@ -88,7 +89,7 @@ def safetensors_to_ckpt(
     check: bool = True,
     file_mode: int = 0o600,
     dir_mode: int = 0o700,
-    agree_timeout_s: float = TIMEOUT_S,
+    agree_timeout_s: float = AGREE_TIMEOUT_S,
     filesystem: FileSystem | None = None,
 ) -> None:
     """Write the content of ``.safetensors`` files as ``.ckpt`` files of the same names, tensors sorted by name.
@@ -113,7 +114,7 @@ def load_segmented_checkpoints(
     *,
     comm: Any = None,
     allow_unverified: bool | None = None,
-    agree_timeout_s: float = TIMEOUT_S,
+    agree_timeout_s: float = AGREE_TIMEOUT_S,
     filesystem: FileSystem | None = None,
 ) -> dict[str, Any]:
     """Load all ``.ckpt`` files of a directory, each as `load_checkpoint` does, into one dict. In order of their names.

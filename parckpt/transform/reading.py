@@ -28,9 +28,7 @@ from parckpt.signals import deferred_interrupt
 from parckpt.storage.direct import InputFile
 from parckpt.storage.filesystem import FileSystem
 
-__all__ = ["TIMEOUT_S", "Opened", "group_of", "open_files", "open_published", "refuse_maps", "share"]
-
-TIMEOUT_S = 1800.0
+__all__ = ["Opened", "group_of", "open_files", "open_published", "refuse_maps", "share"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from parckpt.comm.wait import AGREE_TIMEOUT_S
 from parckpt.core.checks import boolean, count, mode, text
 from parckpt.core.layout import whole
 from parckpt.core.netrules import GRADIENT_SUMS
@@ -26,7 +27,7 @@ from parckpt.storage.filesystem import FileSystem, PosixFileSystem, try_stat
 from parckpt.strategies import name_of
 from parckpt.transform.arguments import StrategyLike, path_text, processes, strategy_of
 from parckpt.transform.files import choose_files
-from parckpt.transform.reading import TIMEOUT_S, Opened, group_of, open_files, open_published, share
+from parckpt.transform.reading import Opened, group_of, open_files, open_published, share
 
 __all__ = ["HYPER_PARAMETERS", "NAME_MAP", "PART_NBYTES", "unified_safetensors"]
 
@@ -52,7 +53,7 @@ def unified_safetensors(
     part_nbytes: int = PART_NBYTES,
     file_mode: int = 0o600,
     dir_mode: int = 0o700,
-    agree_timeout_s: float = TIMEOUT_S,
+    agree_timeout_s: float = AGREE_TIMEOUT_S,
     filesystem: FileSystem | None = None,
 ) -> None:
     """Merge the files of all ranks into ``part<i>.safetensors``, with `NAME_MAP` saying which tensor is where.
